@@ -1,0 +1,379 @@
+"""SynCoS: Tuning-Free Multi-Event Long Video Generation via Synchronized Coupled Sampling (arXiv 2503.08605).
+
+A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with it, several events in
+turn, one subject and scene throughout, without training. Every denoising step couples three stages:
+
+    1. temporal_codenoise   local:   predict every window on its own, average where windows overlap   (DDIM)
+    2. csd_refine           global:  pull the windows towards one coherent video                      (CSD)
+    3. revert                        noise the result to the previous timestep, and go on
+
+The model enters only through a function:
+
+    predict_x0(latents, t, prompts) -> x0
+        latents   B x f x C x H x W, float32: noisy windows, all at timestep t
+        t         the timestep as the model's scheduler counts it (999 = noise for most)
+        prompts   list of B strings
+        x0        B x f x C x H x W, float32: the clean estimates, guidance already applied
+
+Any callable will do; it is never differentiated. This file needs torch and nothing else: copy it where you like.
+
+Words that clash:
+    alpha, sigma   x_t = alpha x0 + sigma eps. The DDIM paper's alpha is our alpha squared (alpha-bar, alphas_cumprod)
+    step           index into the schedule, 0, 1, 2, ...; timestep t: what the model is told, 999, 979, ...
+    stage          one of the three above; every step has all three
+    window         f consecutive latent frames (the paper's "chunk"); frame: always a latent frame in this file
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PredictX0 = Callable[[Tensor, float, list[str]], Tensor]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The noise schedule: two numbers a timestep
+
+
+class Level(NamedTuple):
+    """One noise level: x_t = alpha x0 + sigma eps."""
+
+    t: float  # the timestep the model is told; -1 for the final level
+    alpha: float  # 0 at zero terminal SNR
+    sigma: float  # 0 when clean
+
+
+def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alpha_cumprod: float = 1.0) -> list[Level]:
+    """The levels that DDIM walks, for models that predict v or eps.
+
+    alphas_cumprod: the scheduler's table, one entry a training timestep; timesteps: the walk, descending, as the
+    scheduler lists it; final_alpha_cumprod: 1 ends clean (diffusers' `set_alpha_to_one=True`). Returns one level a step
+    and the final one, t = -1, which no model sees. Raises ValueError if the timesteps do not descend.
+
+    Walking the list is right for every spacing; a computed "previous timestep" `t - 1000 // steps` is wrong where the
+    number of steps does not divide 1000.
+    """
+    _check_descending(timesteps)
+    abar = [float(alphas_cumprod[t]) for t in timesteps] + [final_alpha_cumprod]
+    return [Level(t, a**0.5, (1 - a) ** 0.5) for t, a in zip([*map(int, timesteps), -1], abar)]
+
+
+def flow_levels(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Level]:
+    """The levels that a rectified flow walks: alpha = 1 - sigma (the paper's appendix).
+
+    sigmas: one a step and the final 0, as diffusers' flow schedulers list them; timesteps: one a step, descending.
+    """
+    _check_descending(timesteps)
+    if len(sigmas) != len(timesteps) + 1:
+        raise ValueError(
+            f"{len(timesteps)} timesteps need {len(timesteps) + 1} sigmas (the last is 0), got {len(sigmas)}."
+        )
+    return [Level(float(t), 1 - float(s), float(s)) for t, s in zip([*timesteps, -1], sigmas)]
+
+
+def _check_descending(timesteps: Sequence[float]) -> None:
+    if len(timesteps) == 0 or any(a <= b for a, b in zip(timesteps, timesteps[1:])):
+        raise ValueError(f"Timesteps must be a descending list, from noise to clean, got {list(timesteps)[:5]}...")
+
+
+def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Tensor:
+    """A model's output as the clean estimate x0. All tensors of one shape.
+
+    prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero terminal SNR; there
+    an eps-prediction says nothing about x0, so alpha = 0 raises ValueError.
+    """
+    if prediction == "v_prediction":
+        return level.alpha * latents - level.sigma * output
+    if prediction == "flow":
+        return latents - level.sigma * output
+    if prediction != "epsilon":
+        raise ValueError(f'Prediction must be "v_prediction", "epsilon" or "flow", got "{prediction}".')
+    if level.alpha == 0:
+        raise ValueError(
+            f"An eps-prediction has no x0 at zero SNR (t = {level.t}); start the walk at a lower timestep."
+        )
+    return (latents - level.sigma * output) / level.alpha
+
+
+def implied_noise(latents: Tensor, x0: Tensor, level: Level) -> Tensor:
+    """The noise that x_t and x0 imply; with it, `revert` is a DDIM step with eta = 0 (Eq. 12 of the DDIM paper)."""
+    return (latents - level.alpha * x0) / level.sigma
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows over the long latent, and their fusion
+
+
+def make_windows(frames: int, size: int, stride: int) -> list[slice]:
+    """Windows of `size` frames, `stride` apart, that cover all `frames`; the last one is moved back to end there.
+
+    Raises ValueError if a window does not fit or windows would leave gaps.
+    """
+    if size < 1 or size > frames:
+        raise ValueError(f"A window of {size} latent frames does not fit into {frames}; make the video longer.")
+    if not 1 <= stride <= size:
+        raise ValueError(f"The stride must be between 1 and the window's {size} latent frames, got {stride}.")
+    starts = [*range(0, frames - size, stride), frames - size]
+    return [slice(s, s + size) for s in starts]
+
+
+def fuse(parts: Tensor, windows: Sequence[slice], frames: int) -> Tensor:
+    """Average windows where they overlap: sum of values / number of windows (Fig. 5). Zero where no window lies.
+
+    parts: N x f x C x H x W, one a window. Returns F x C x H x W.
+    """
+    total = parts.new_zeros(frames, *parts.shape[2:])
+    count = parts.new_zeros(frames, *[1] * (parts.ndim - 2))
+    for part, window in zip(parts, windows, strict=True):
+        total[window] += part
+        count[window] += 1
+    return total / count.clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1: temporal co-denoising, local
+
+
+@torch.no_grad()
+def temporal_codenoise(
+    predict_x0: PredictX0, latents: Tensor, t: float, windows: Sequence[slice], prompts: Sequence[str]
+) -> Tensor:
+    """Predict each window by its own prompt and fuse: x0 = fuse({predict_x0(x_t[window i], t, c_i)}) (stage 1, Fig. 5).
+
+    latents: x_t of the long video, F x C x H x W; prompts: one a window. Returns x0, F x C x H x W, float32. Neighbours
+    agree where they overlap; nothing ties distant windows together.
+    """
+    parts = torch.stack([latents[w] for w in windows])  # N f C H W
+    return fuse(predict_x0(parts, t, list(prompts)).float(), windows, len(latents))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2: refinement by collaborative score distillation (CSD), global
+
+
+def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel of SVGD and the sum of its gradients.
+
+        k(X, Y) = exp(-|X - Y|^2 / h),   h = median |X_i - X_j|^2 / log(B + 1) over i != j
+
+    x: B x D. Returns K, B x B, and its repulsion R, B x D, R_i = sum_j d k(X_j, X_i) / d X_j.
+
+    R = 2/h L X with the graph Laplacian L = diag(K 1) - K: one matrix product, no B x B x D tensor of differences.
+    ours: the median leaves out the zeros on the diagonal, which make h = 0 for B = 2 in the CSD code. Where h is 0 all
+    the same (B = 1, or identical windows) equal windows have k = 1 and nothing repels: plain score distillation.
+    """
+    B = len(x)
+    d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # B B, exact for near windows
+    off_diagonal = d2[~torch.eye(B, dtype=torch.bool, device=x.device)]
+    h = off_diagonal.median() / torch.tensor(B + 1.0).log() if B > 1 else d2[0, 0]
+    if h == 0:
+        return (d2 == 0).to(x), torch.zeros_like(x)
+    K = torch.exp(-d2 / h)
+    neighbours = K - torch.eye(B, device=x.device)
+    laplacian = torch.diag(neighbours.sum(1)) - neighbours  # the diagonal's 1s cancel, so leave them out
+    return K, 2 / h * (laplacian @ x)
+
+
+@torch.no_grad()
+def csd_gradient(x0: Tensor, predicted: Tensor, noise: Tensor, level: Level) -> Tensor:
+    """The descent direction that mixes the scores of a minibatch of windows (stage 2; CSD, arXiv 2307.04787).
+
+        g_i = w(t)/B sum_j [ k(X_j, X_i) (eps_hat_j - eps_j) - d k(X_j, X_i) / d X_j ],   X = alpha x0 + sigma eps
+
+    x0, predicted (the model's estimates from X) and noise: B x f x C x H x W. Returns g of that shape; x0 - lr g is
+    the update. w(t) = sigma^2.
+
+    The sign of the kernel's gradient: printed versions add it; the authors' CSD code subtracts it, so that with zero
+    scores windows move apart, as SVGD wants. We follow the code.
+    The residual eps_hat - eps is alpha/sigma (x0 - predicted), exactly; as a difference of two noises it would lose
+    every digit at the high noise levels where this stage lives.
+    """
+    B = len(x0)
+    noisy = level.alpha * x0 + level.sigma * noise
+    residual = level.alpha / level.sigma * (x0 - predicted)
+    K, repulsion = rbf_kernel(noisy.reshape(B, -1))  # B B, B D
+    mixed = K @ residual.reshape(B, -1) - repulsion
+    return (level.sigma**2 / B * mixed).view_as(x0)
+
+
+@torch.no_grad()
+def csd_refine(
+    predict_x0: PredictX0,
+    x0: Tensor,
+    levels: Sequence[Level],
+    noise: Tensor | None,
+    windows: Sequence[slice],
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    iters: int = 20,
+    batch: int = 4,
+    lr: float = 0.5,
+    weight_decay: float = 0.01,
+) -> Tensor:
+    """Refine x0 of the long video towards global coherence (stage 2, Fig. 5). Returns the new x0, F x C x H x W.
+
+    Every iteration: a random minibatch of windows, noised to the *grounded timestep* with its slice of the *fixed
+    baseline noise*, predicted, mixed by `csd_gradient`, fused over overlaps, one AdamW step. Windows far apart in time
+    meet in a minibatch: that is what makes the video one.
+
+    levels: [the step's own level] grounds the timestep; several: a random one of them at each iteration (ablation).
+    noise: the baseline noise, F x C x H x W; None: new noise at each iteration (ablation). prompts: one a window.
+    iters x min(batch, windows) model evaluations. AdamW starts afresh at each call; its other settings are torch's
+    defaults. [ours: the paper names AdamW and the learning rate]
+
+    Levels at zero SNR are passed over: there X holds no trace of x0, and Adam would amplify the rounding noise. With
+    no other level x0 comes back as it was.
+    """
+    levels = [level for level in levels if level.alpha > 0]
+    if not levels:
+        return x0.clone()
+    x0 = x0.float().clone()
+    optimizer = torch.optim.AdamW([x0], lr=lr, weight_decay=weight_decay)
+    for _ in range(iters):
+        level = levels[torch.randint(len(levels), (), generator=generator)]
+        eps = _randn_like(x0, generator) if noise is None else noise
+        picked = torch.randperm(len(windows), generator=generator)[:batch].tolist()
+
+        clean, eps = (torch.stack([x[windows[i]] for i in picked]) for x in (x0, eps))  # B f C H W each
+        noisy = level.alpha * clean + level.sigma * eps
+        predicted = predict_x0(noisy, level.t, [prompts[i] for i in picked]).float()
+
+        gradient = csd_gradient(clean, predicted, eps, level)
+        x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0))
+        optimizer.step()
+    x0.grad = None
+    return x0
+
+
+def _randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian noise drawn on the CPU, so that a seed gives the same video on every device."""
+    return torch.randn(x.shape, generator=generator).to(x.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 3: back to the sampling trajectory
+
+
+@torch.no_grad()
+def revert(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+    """Noise x0 to the previous timestep: x_prev = alpha_prev x0 + sigma_prev noise (stage 3, Fig. 5). Any one shape.
+
+    With the baseline noise of stage 2 the trajectory goes on where the refinement left it; with `implied_noise` this is
+    plain DDIM.
+    """
+    return level.alpha * x0 + level.sigma * noise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The method: three stages, coupled at every step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the paper sets, and switches that give exactly its ablations (see `ABLATIONS`)."""
+
+    stride: int = 4  # latent frames between windows [paper: 4 for CogVideoX, 6 for Open-Sora Plan]
+    t_min: float = 800  # stage 2 runs while t > t_min [paper: 800 to 900]
+    csd_iters: int = 20  # iterations of stage 2 a step [paper: 20 to 50]
+    csd_batch: int = 4  # windows a minibatch [ours: about 4, from the paper's running times]
+    csd_lr: float = 0.5  # AdamW's learning rate [paper: 0.5 to 1]
+    csd_weight_decay: float = 0.01  # AdamW's default [ours]: shrinks x0 by 10 % in 20 iterations at lr 0.5
+
+    codenoise: bool = True  # stage 1. Without it x0 is the last step's; at the first step, noise
+    refine: bool = True  # stage 2
+    revert: bool = True  # stage 3. Without it the next step starts from x0 as it is
+    grounded: bool = True  # stage 2 at the step's own t; else at a random one each iteration
+    noise: str = "fixed"  # above t_min: "fixed" baseline noise, "fresh" at every use, or "implied" by x_t and x0 (DDIM)
+
+    def __post_init__(self):
+        for name, low in dict(stride=1, csd_iters=1, csd_batch=1, csd_lr=0, csd_weight_decay=0).items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+        if self.noise not in ("fixed", "fresh", "implied"):
+            raise ValueError(f'noise must be "fixed", "fresh" or "implied", got "{self.noise}".')
+
+
+METHODS = {  # what to change in Settings to get each method of the paper's Table 1 and Figure 4
+    "syncos": {},
+    "gen-l-video": dict(refine=False, noise="implied"),  # stages 1 and 3: co-denoising by DDIM alone
+    "csd": dict(codenoise=False, revert=False, t_min=-1),  # stage 2 alone, at every step, from noise
+}
+ABLATIONS = {  # and each ablation of Tables 2 and 3 and Figures 7 and 9
+    "stage-1": dict(codenoise=False),  # below t_min nothing is left to do, so x0 stays as stage 2 left it
+    "stage-2": dict(refine=False, noise="implied"),  # = Gen-L-Video
+    "stage-2-only": dict(refine=False),  # stage 2 skipped, but its baseline noise still drives stage 3
+    "stage-3": dict(revert=False),
+    "grounded-timestep": dict(grounded=False),
+    "fixed-noise": dict(noise="fresh"),
+    "t-min": dict(t_min=-1),  # stage 2 at every step
+}
+
+
+def refine_levels(step: int, levels: Sequence[Level], settings: Settings) -> Sequence[Level]:
+    """The levels that stage 2 may use at a step: its own one (grounded) or all; none when the stage does not run."""
+    if not settings.refine or levels[step].t <= settings.t_min:
+        return []
+    return levels[step : step + 1] if settings.grounded else levels[:-1]
+
+
+def count_evaluations(levels: Sequence[Level], windows: Sequence[slice], settings: Settings) -> int:
+    """How many windows a run of `syncos` sends through the model (guidance doubles what the model itself computes)."""
+    steps = range(len(levels) - 1)
+    refined = sum(any(level.alpha > 0 for level in refine_levels(i, levels, settings)) for i in steps)
+    per_refinement = settings.csd_iters * min(settings.csd_batch, len(windows))
+    return len(steps) * len(windows) * settings.codenoise + refined * per_refinement
+
+
+@torch.no_grad()
+def syncos(
+    predict_x0: PredictX0,
+    latents: Tensor,
+    levels: Sequence[Level],
+    windows: Sequence[slice],
+    prompts: Sequence[str],
+    settings: Settings,
+    generator: torch.Generator,
+    callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Sample a long video: the paper's whole method (Fig. 5), one step a turn of the loop.
+
+    latents: the initial noise, F x C x H x W, float32; levels: the walk, from `diffusion_levels` or `flow_levels`;
+    windows: from `make_windows`; prompts: one a window; generator: on the CPU, the source of all randomness.
+    callback(step, t, x0, latents) is called after every step with its estimate and its result.
+    Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit together.
+    """
+    if len(prompts) != len(windows):
+        raise ValueError(f"There are {len(windows)} windows but {len(prompts)} prompts; give one for each window.")
+    if set().union(*(range(w.start, w.stop) for w in windows)) != set(range(len(latents))):
+        raise ValueError(f"The windows must cover the {len(latents)} latent frames and no others; see make_windows.")
+    if generator.device.type != "cpu":
+        raise ValueError("The generator must be on the CPU, so that a seed gives the same video on every device.")
+
+    s, x = settings, latents.float()
+    x0 = x
+    for step, (level, prev) in enumerate(zip(levels, levels[1:])):
+        baseline = s.noise != "implied" and level.t > s.t_min
+
+        # stage 1: local
+        if s.codenoise:
+            x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts)
+
+        # the noise that couples stages 2 and 3: one for both, or DDIM's own once stage 2 is over
+        noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
+
+        # stage 2: global, grounded at t
+        if candidates := refine_levels(step, levels, s):
+            x0 = csd_refine(
+                predict_x0, x0, candidates, None if s.noise == "fresh" else noise, windows, prompts, generator,
+                s.csd_iters, s.csd_batch, s.csd_lr, s.csd_weight_decay,
+            )  # fmt: skip
+
+        # stage 3: back to the previous timestep
+        x = revert(x0, noise, prev) if s.revert else x0
+
+        if callback:
+            callback(step, level.t, x0, x)
+    return x

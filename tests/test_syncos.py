@@ -1,0 +1,520 @@
+"""The method against oracles: diffusers' schedulers, closed-form denoisers, autograd, naive loops, float64."""
+
+import dataclasses
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
+
+import syncos as S
+
+ROOT = Path(__file__).parent.parent
+ABAR = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod  # zero terminal SNR: ABAR[999] = 0
+TRAILING_20 = list(range(999, 0, -50))
+LEVELS = S.diffusion_levels(ABAR, TRAILING_20)
+SMALL = S.Settings(stride=2, t_min=500, csd_iters=3, csd_batch=3)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed))
+
+
+def maxdiff(a, b):
+    return (a - b).abs().max().item()
+
+
+class Gaussian:
+    """Exact denoiser for latents ~ N(mean(prompt), std^2): E[x0 | x_t] in closed form. Counts the windows it sees."""
+
+    def __init__(self, levels=LEVELS, std=0.5):
+        self.at = {level.t: level for level in levels}
+        self.std, self.calls = std, 0
+
+    def mean(self, prompt):
+        return float(prompt)
+
+    def __call__(self, latents, t, prompts):
+        assert len(latents) == len(prompts) and latents.dtype == torch.float32
+        self.calls += len(latents)
+        _, a, s = self.at[t]
+        mean = torch.tensor([self.mean(p) for p in prompts]).view(-1, 1, 1, 1, 1)
+        gain = a * self.std**2 / (a**2 * self.std**2 + s**2)
+        return mean + gain * (latents - a * mean)
+
+
+def run(settings=SMALL, denoiser=None, frames=11, size=5, seed=0, levels=LEVELS, **kwargs):
+    windows = S.make_windows(frames, size, settings.stride)
+    prompts = [str(i / len(windows)) for i in range(len(windows))]
+    denoiser = denoiser or Gaussian(levels)
+    return S.syncos(denoiser, randn(frames, 2, 3, 3), levels, windows, prompts, settings, rng(seed), **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schedule
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, CogVideoXDDIMScheduler])
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("steps", [50, 20, 10])
+def test_one_window_is_ddim(scheduler, prediction, spacing, steps):
+    """Stages 1 and 3 over one window are diffusers' own DDIM, eta = 0, over the whole trajectory."""
+    snr0 = prediction == "v_prediction" and spacing != "leading"
+    args = dict(prediction_type=prediction, timestep_spacing=spacing, rescale_betas_zero_snr=snr0, clip_sample=False)
+    ddim = scheduler(**args, **({"snr_shift_scale": 1.0} if scheduler is CogVideoXDDIMScheduler else {}))
+    ddim.set_timesteps(steps)
+    levels = S.diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
+    weight = randn(2, 2, seed=3) * 0.3
+
+    def model(x, t):  # any fixed function of x and t
+        return torch.einsum("...chw,cd->...dhw", torch.tanh(x), weight) + t / 1000
+
+    expected = x = randn(4, 2, 3, 3)
+    for t in ddim.timesteps:
+        expected = ddim.step(model(expected, t.item()), t, expected, return_dict=False)[0]
+
+    at = {level.t: level for level in levels}
+    trace = []
+    result = S.syncos(
+        lambda x, t, p: S.to_x0(model(x, t), x, at[t], prediction),
+        x, levels, S.make_windows(4, 4, 4), ["a"], S.Settings(**S.METHODS["gen-l-video"]), rng(),
+        callback=lambda step, t, x0, x: trace.append(t),
+    )  # fmt: skip
+    assert trace == ddim.timesteps.tolist()
+    assert maxdiff(result, expected) < 1e-4 * max(1, expected.abs().max().item())
+
+
+def test_walk_is_right_where_steps_do_not_divide_1000():
+    """Trailing spacing with 30 steps: the list's own neighbours, not t - 1000 // 30."""
+    ddim = DDIMScheduler(timestep_spacing="trailing")
+    ddim.set_timesteps(30)
+    levels = S.diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist())
+    assert [level.t for level in levels[:-1]] == ddim.timesteps.tolist()
+    for level in levels[:-1]:
+        assert level.alpha**2 == pytest.approx(float(ddim.alphas_cumprod[level.t]))
+    assert levels[-1] == (-1, 1.0, 0.0)
+
+
+def test_conversions_invert_their_definitions_and_hold_at_zero_snr():
+    x0, eps = randn(2, 3, 4, seed=1), randn(2, 3, 4, seed=2)
+    for a, s in [(0.8, 0.6), (0.01, math.sqrt(1 - 1e-4)), (0.0, 1.0)]:
+        level, x = S.Level(5, a, s), a * x0 + s * eps
+        assert maxdiff(S.to_x0(a * eps - s * x0, x, level, "v_prediction"), x0) < 1e-6
+        if a > 0:
+            assert maxdiff(S.to_x0(eps, x, level, "epsilon"), x0) < 1e-4
+            assert maxdiff(S.implied_noise(x, x0, level), eps) < 1e-5
+        flow = S.Level(5, 1 - s, s)
+        assert maxdiff(S.to_x0(eps - x0, flow.alpha * x0 + s * eps, flow, "flow"), x0) < 1e-6
+    with pytest.raises(ValueError, match="zero SNR"):
+        S.to_x0(eps, eps, LEVELS[0], "epsilon")
+    with pytest.raises(ValueError, match='"flow"'):
+        S.to_x0(eps, eps, LEVELS[1], "sample")
+
+
+def test_schedule_refuses_what_is_no_walk():
+    for timesteps in ([], [1, 2, 3], [5, 5]):
+        with pytest.raises(ValueError, match="descending"):
+            S.diffusion_levels(ABAR, timesteps)
+    with pytest.raises(ValueError, match="sigmas"):
+        S.flow_levels([1.0, 0.5], [1000, 500])
+
+
+def flow_walk(steps=20, shift=3.0):
+    sigmas = torch.linspace(1, 1 / steps, steps).tolist()
+    sigmas = [shift * s / (1 + (shift - 1) * s) for s in sigmas]
+    return S.flow_levels([*sigmas, 0.0], [1000 * s for s in sigmas])
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "flow"])
+def test_gaussian_prior_in_closed_form(prediction):
+    """One window, stages 1 and 3: DDIM on a Gaussian is linear, x_prev = c x_t + d, with c and d known per step.
+    The model speaks v, eps or flow; the answer is the same closed form."""
+    mean, std = 0.7, 0.5
+    levels = {"v_prediction": LEVELS, "epsilon": LEVELS[1:], "flow": flow_walk()}[prediction]
+    posterior = Gaussian(levels, std)
+    at = {level.t: level for level in levels}
+
+    def predict(x, t, prompts):
+        _, a, s = at[t]
+        x0 = posterior(x, t, prompts)
+        if prediction == "v_prediction":  # v = alpha eps - sigma x0, with sigma eps = x - alpha x0
+            output = (a * x - x0) / s
+        else:
+            eps = (x - a * x0) / s
+            output = eps if prediction == "epsilon" else eps - x0
+        return S.to_x0(output, x, at[t], prediction)
+
+    x = randn(5, 2, 3, 3)
+    settings = S.Settings(stride=5, **S.METHODS["gen-l-video"])
+    result = S.syncos(predict, x, levels, [slice(0, 5)], [str(mean)], settings, rng())
+
+    expected = x.double()  # of x_t - alpha_t mean only the scale changes: it is multiplied by v_prev / v_t per step
+    for (_, a, s), (_, ap, sp) in zip(levels, levels[1:]):
+        var, cov = a**2 * std**2 + s**2, ap * a * std**2 + sp * s
+        expected = ap * mean + cov / var * (expected - a * mean)
+    assert maxdiff(result.double(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("levels", [LEVELS, LEVELS[1:], flow_walk()], ids=["v", "eps", "flow"])
+def test_full_method_lands_on_a_gaussian_prior(levels):
+    """The whole loop, stage 2 included, samples around the prior's mean for every kind of schedule."""
+    windows = S.make_windows(21, 5, 4)
+    settings = S.Settings(t_min=600, csd_iters=5, csd_lr=0.1)
+    x = S.syncos(Gaussian(levels), randn(21, 4, 6, 6), levels, windows, ["0.7"] * len(windows), settings, rng())
+    assert abs(x.mean().item() - 0.7) < 0.05
+    assert 0.2 < x.std().item() < 0.6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# windows
+
+
+@pytest.mark.parametrize("frames", range(1, 40))
+def test_windows_cover_every_frame_and_fuse_is_a_partition_of_unity(frames):
+    size = min(frames, 13)
+    for stride in range(1, size + 1):
+        windows = S.make_windows(frames, size, stride)
+        starts = [w.start for w in windows]
+        assert starts[0] == 0 and windows[-1].stop == frames and starts == sorted(set(starts))
+        assert all(w.stop - w.start == size for w in windows)
+        assert all(b - a <= stride for a, b in zip(starts, starts[1:]))
+        x = randn(frames, 2, 1, 3)
+        assert maxdiff(S.fuse(torch.stack([x[w] for w in windows]), windows, frames), x) < 1e-6
+
+
+def test_the_papers_plan():
+    assert [w.start for w in S.make_windows(49, 13, 4)] == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert [w.start for w in S.make_windows(20, 13, 4)] == [0, 4, 7]  # the last one moved back
+
+
+def test_fuse_is_the_naive_average():
+    windows = S.make_windows(9, 4, 3)
+    parts = randn(len(windows), 4, 2, 3, 3)
+    fused = S.fuse(parts, windows, 9)
+    for frame in range(9):
+        values = [p[frame - w.start] for p, w in zip(parts, windows) if w.start <= frame < w.stop]
+        assert maxdiff(fused[frame], sum(values) / len(values)) < 1e-6
+    assert S.fuse(parts[:1], windows[:1], 9)[4:].abs().max() == 0  # no window there
+
+
+def test_windows_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="does not fit"):
+        S.make_windows(12, 13, 4)
+    for stride in (0, 14):
+        with pytest.raises(ValueError, match="stride"):
+            S.make_windows(49, 13, stride)
+
+
+def test_codenoise_gives_each_window_its_prompt():
+    windows = S.make_windows(9, 5, 4)
+    x0 = S.temporal_codenoise(lambda x, t, p: x * 0 + torch.tensor([1.0, 3.0]).view(2, 1, 1, 1, 1),
+                              randn(9, 2, 3, 3), 999, windows, ["a", "b"])  # fmt: skip
+    assert x0[:4].eq(1).all() and x0[4].eq(2).all() and x0[5:].eq(3).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# stage 2
+
+
+def naive_kernel(x):
+    """k and sum_j dk(X_j, X_i)/dX_j by a double loop with autograd, in float64."""
+    x, B = x.double(), len(x)
+    distances = [((x[i] - x[j]) ** 2).sum() for i in range(B) for j in range(B) if i != j]
+    h = torch.stack(distances).median() / math.log(B + 1)
+    K, R = torch.zeros(B, B).double(), torch.zeros_like(x)
+    for i in range(B):
+        for j in range(B):
+            xj = x[j].clone().requires_grad_()
+            k = torch.exp(-((xj - x[i]) ** 2).sum() / h)
+            K[j, i], R[i] = k.detach(), R[i] + torch.autograd.grad(k, xj)[0]
+    return K, R
+
+
+@pytest.mark.parametrize("B", [2, 3, 4, 8])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_kernel_and_its_gradient(B, scale):
+    x = randn(B, 60, seed=B) * scale
+    K, R = S.rbf_kernel(x)
+    naive_K, naive_R = naive_kernel(x)
+    assert maxdiff(K.double(), naive_K) < 1e-5
+    assert maxdiff(R.double(), naive_R) < 1e-5 * naive_R.abs().max()
+
+
+def test_kernel_of_one_or_identical_windows_is_plain_distillation():
+    level = LEVELS[3]
+    for x in (randn(1, 6), randn(1, 6).expand(4, 6), torch.cat([randn(1, 6).expand(3, 6), randn(1, 6, seed=1)])):
+        K, R = S.rbf_kernel(x.contiguous())
+        assert K.isfinite().all() and R.eq(0).all()
+        assert torch.equal(K, (torch.cdist(x, x) == 0).float())
+    x0, predicted, noise = (randn(1, 2, 1, 1, 3, seed=i) for i in range(3))
+    expected = level.sigma**2 * level.alpha / level.sigma * (x0 - predicted)
+    assert maxdiff(S.csd_gradient(x0, predicted, noise, level), expected) < 1e-6
+
+
+@pytest.mark.parametrize("B", [2, 3, 5])
+def test_windows_repel_when_scores_are_zero(B):
+    """With predictions equal to x0, a descent step moves every window away from the others' kernel-weighted mean."""
+    x0, noise = randn(B, 2, 1, 3, 3), torch.zeros(B, 2, 1, 3, 3)
+    g = S.csd_gradient(x0, x0, noise, LEVELS[5])
+    before, after = torch.pdist(x0.view(B, -1)), torch.pdist((x0 - 0.1 * g).view(B, -1))
+    assert after.sum() > before.sum() and (after > before).all()
+
+
+@pytest.mark.parametrize("step", [1, 5, 15])
+def test_gradient_against_the_formula_in_float64(step):
+    """g_i = w/B sum_j [k(X_j, X_i)(eps_hat_j - eps_j) - dk(X_j, X_i)/dX_j] with eps differences, as printed (the sign
+    of the repulsion as in CSD's code)."""
+    B, (_, a, s) = 4, LEVELS[step]
+    x0, predicted, eps = (randn(B, 3, 2, 2, 2, seed=i).double() for i in range(3))
+    X = a * x0 + s * eps
+    eps_hat = (X - a * predicted) / s
+    K, R = naive_kernel(X.reshape(B, -1))
+    expected = torch.zeros_like(x0)
+    for i in range(B):
+        for j in range(B):
+            expected[i] += K[j, i] * (eps_hat[j] - eps[j])
+        expected[i] -= R[i].view_as(x0[i])
+    expected *= s**2 / B
+    got = S.csd_gradient(x0.float(), predicted.float(), eps.float(), LEVELS[step])
+    assert maxdiff(got.double(), expected) < 1e-5 * expected.abs().max()
+
+
+def test_residual_keeps_its_digits_at_high_noise():
+    """At alpha = 1e-4 a float32 difference of noises is off by more than 10 %; ours is exact to rounding."""
+    level = S.Level(998, 1e-4, (1 - 1e-8) ** 0.5)
+    x0, eps = randn(1, 2, 2, 4, 4), randn(1, 2, 2, 4, 4, seed=1)
+    predicted = x0 + 1e-3 * randn(1, 2, 2, 4, 4, seed=2)
+    exact = level.sigma * level.alpha * (x0.double() - predicted.double())
+    naive = level.sigma**2 * ((level.alpha * x0 + level.sigma * eps - level.alpha * predicted) / level.sigma - eps)
+    assert maxdiff(S.csd_gradient(x0, predicted, eps, level).double(), exact) < 1e-3 * exact.abs().max()
+    assert maxdiff(naive.double(), exact) > 0.1 * exact.abs().max()
+
+
+def test_refine_against_a_transcription_in_float64():
+    """Three iterations over all windows: loops, eps differences and torch's AdamW in float64."""
+    level, windows, noise, start = LEVELS[6], S.make_windows(9, 5, 2), randn(9, 2, 2, 2, seed=5), randn(9, 2, 2, 2)
+    prompts, model = ["0.1", "0.5", "0.9"], Gaussian()
+    got = S.csd_refine(model, start, [level], noise, windows, prompts, rng(), iters=3, batch=3, lr=0.3)
+
+    x0 = start.double().clone().requires_grad_()
+    adamw = torch.optim.AdamW([x0], lr=0.3)
+    for _ in range(3):
+        grad, count = torch.zeros_like(x0), torch.zeros(9, 1, 1, 1)
+        X = torch.stack([level.alpha * x0.detach()[w] + level.sigma * noise.double()[w] for w in windows])
+        predicted = model(X.float(), level.t, prompts).double()
+        K, R = naive_kernel(X.reshape(3, -1))
+        for i, w in enumerate(windows):
+            mixed = -R[i].view(5, 2, 2, 2)
+            for j, v in enumerate(windows):
+                mixed = mixed + K[j, i] * ((X[j] - level.alpha * predicted[j]) / level.sigma - noise.double()[v])
+            grad[w] += level.sigma**2 / 3 * mixed
+            count[w] += 1
+        x0.grad = grad / count
+        adamw.step()
+    assert maxdiff(got.double(), x0.detach()) < 1e-4
+
+
+def test_refine_does_nothing_at_zero_snr_and_never_changes_its_input():
+    x0, noise, windows = randn(9, 2, 2, 2), randn(9, 2, 2, 2, seed=1), S.make_windows(9, 5, 2)
+    model, kept = Gaussian(), randn(9, 2, 2, 2)
+    assert LEVELS[0].alpha == 0
+    assert torch.equal(S.csd_refine(model, x0, LEVELS[:1], noise, windows, ["0"] * 3, rng()), x0) and model.calls == 0
+    refined = S.csd_refine(model, x0, LEVELS[3:4], noise, windows, ["0"] * 3, rng())
+    assert torch.equal(x0, kept) and not torch.equal(refined, x0) and not refined.requires_grad
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_small_minibatches_stay_finite(batch):
+    assert run(dataclasses.replace(SMALL, csd_batch=batch)).isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def test_same_seed_same_video_whatever_the_window_batch():
+    def one_by_one(x, t, prompts, model=Gaussian()):  # noqa: B008
+        return torch.cat([model(x[i : i + 1], t, prompts[i : i + 1]) for i in range(len(x))])
+
+    first = run()
+    assert torch.equal(first, run())
+    assert maxdiff(first, run(denoiser=one_by_one)) < 1e-5
+    assert maxdiff(first, run(seed=1)) > 1e-3
+
+
+def variants():
+    return {**S.METHODS, **S.ABLATIONS}
+
+
+@pytest.mark.parametrize("name", variants())
+def test_evaluations_are_counted_beforehand(name):
+    settings = dataclasses.replace(SMALL, **variants()[name])
+    model = Gaussian()
+    run(settings, model)
+    assert model.calls == S.count_evaluations(LEVELS, S.make_windows(11, 5, 2), settings)
+
+
+def test_the_papers_numbers_of_evaluations():
+    ddim = CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    ddim.set_timesteps(50)
+    levels = S.diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist())
+    windows = S.make_windows(49, 13, 4)
+    assert S.count_evaluations(levels, windows, S.Settings(**S.METHODS["gen-l-video"])) == 500
+    # t_min 800: steps 999, 979, ..., 819, of which 999 has no signal
+    assert S.count_evaluations(levels, windows, S.Settings(t_min=800)) == 500 + 9 * 20 * 4
+
+
+def test_every_ablation_differs_from_the_full_method_and_is_finite():
+    results = {name: run(dataclasses.replace(SMALL, **changes)) for name, changes in variants().items()}
+    for name, x in results.items():
+        assert x.isfinite().all(), name
+        assert name == "syncos" or maxdiff(x, results["syncos"]) > 1e-3, name
+    assert torch.equal(results["stage-2"], results["gen-l-video"])
+    assert maxdiff(results["stage-2-only"], results["stage-2"]) > 1e-3
+
+
+def test_ablations_do_what_they_say():
+    """Watch the (t, noise) that stage 2 uses, seen through the model's inputs."""
+
+    def stage2_inputs(**changes):
+        seen, model, windows = [], Gaussian(), S.make_windows(11, 5, 2)
+        settings = dataclasses.replace(SMALL, csd_batch=len(windows) - 1, **changes)
+
+        def spy(x, t, prompts):
+            if len(x) < len(windows):
+                seen.append(t)
+            return model(x, t, prompts)
+
+        run(settings, spy)
+        return seen
+
+    coupled = [level.t for level in LEVELS if level.t > 500 and level.alpha > 0]
+    assert stage2_inputs() == [t for t in coupled for _ in range(3)]  # grounded
+    assert stage2_inputs(noise="fresh") == [t for t in coupled for _ in range(3)]
+    assert len(set(stage2_inputs(grounded=False))) > len(coupled)  # any of the schedule's timesteps
+    assert len(stage2_inputs(t_min=-1)) == 3 * (len(LEVELS) - 2)
+
+
+def test_baseline_noise_is_shared_by_stages_2_and_3():
+    """One frame, one window, a model that always answers 0: stage 2's input and stage 3's output show their noise."""
+    seen, states = {}, {}
+
+    def model(x, t, prompts):
+        seen.setdefault(t, []).append(x[0])
+        return torch.zeros_like(x)
+
+    settings = S.Settings(stride=3, t_min=0, csd_iters=2, csd_lr=0.0)
+    S.syncos(model, randn(3, 1, 2, 2), LEVELS, [slice(0, 3)], ["a"], settings, rng(),
+             callback=lambda step, t, x0, x: states.update({t: x}))  # fmt: skip
+    for level, prev in zip(LEVELS[1:-2], LEVELS[2:]):
+        stage1, first, second = seen[level.t]
+        assert torch.equal(first, second)
+        assert maxdiff(first / level.sigma, states[level.t] / prev.sigma) < 1e-5
+        assert maxdiff(stage1 / level.sigma, first / level.sigma) > 1e-2  # new at each step
+
+
+def test_below_t_min_the_step_is_ddim():
+    trace = []
+    run(callback=lambda step, t, x0, x: trace.append((t, x0, x)))
+    for (_, _, x), (t, x0, x_prev), level, prev in zip(trace, trace[1:], LEVELS[1:], LEVELS[2:]):
+        if t <= SMALL.t_min:
+            assert maxdiff(S.revert(x0, S.implied_noise(x, x0, level), prev), x_prev) < 1e-6
+
+
+def test_loop_refuses_what_does_not_fit():
+    windows, x = S.make_windows(9, 5, 4), randn(9, 2, 2, 2)
+    with pytest.raises(ValueError, match="2 windows but 1 prompts"):
+        S.syncos(Gaussian(), x, LEVELS, windows, ["0"], SMALL, rng())
+    with pytest.raises(ValueError, match="cover"):
+        S.syncos(Gaussian(), x, LEVELS, windows[:1], ["0"], SMALL, rng())
+    for bad in (dict(csd_batch=0), dict(csd_iters=0), dict(csd_lr=-1), dict(stride=0), dict(noise="pink")):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            dataclasses.replace(SMALL, **bad)
+
+
+def test_loop_keeps_its_input_and_no_autograd():
+    x = randn(9, 2, 2, 2)
+    kept = x.clone()
+    S.syncos(Gaussian(), x, LEVELS, S.make_windows(9, 5, 4), ["0", "1"], SMALL, rng())
+    assert torch.equal(x, kept)
+
+
+def test_file_works_alone(tmp_path):
+    """Copied into an empty project it runs, and imports nothing but torch and the standard library."""
+    shutil.copy(ROOT / "syncos.py", tmp_path)
+    code = """
+import sys, torch, syncos as S
+levels = S.diffusion_levels(torch.linspace(0.999, 0, 1000).double(), range(999, 0, -100))
+windows = S.make_windows(9, 5, 2)
+x = S.syncos(lambda x, t, p: x * 0.5, torch.randn(9, 2, 2, 2), levels, windows, list("abc"),
+             S.Settings(stride=2, t_min=500, csd_iters=2), torch.Generator().manual_seed(0))
+assert x.shape == (9, 2, 2, 2) and x.isfinite().all()
+assert not {"diffusers", "transformers", "backbones", "prompts"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the purpose
+
+
+class Clips:
+    """Exact denoiser over a finite set of clips: the posterior mean is a softmax over distances to them.
+
+    A clip is F frames of a 1 x 8 x 8 picture: a bright dot before one of four backgrounds (its identity), moving right
+    or left from any phase; the prompt fixes the motion alone.
+    """
+
+    PLACES, SIZE, F = 4, 8, 6
+
+    def __init__(self, levels):
+        self.at = {level.t: level for level in levels}
+        self.places = 0.5 * randn(self.PLACES, 1, self.SIZE, self.SIZE, seed=7)
+        self.identity = torch.arange(self.PLACES).repeat_interleave(self.SIZE)
+        self.clips = {motion: self.render(sign) for motion, sign in (("right", 1), ("left", -1))}
+
+    def render(self, sign):
+        clips = self.places[self.identity][:, None].repeat(1, self.F, 1, 1, 1)
+        for n in range(len(clips)):
+            for f in range(self.F):
+                clips[n, f, 0, 5:7, (n + sign * f) % self.SIZE] = 3.0
+        return clips
+
+    def __call__(self, latents, t, prompts):
+        _, a, s = self.at[t]
+        out = []
+        for x, prompt in zip(latents, prompts):
+            clips = self.clips[prompt].flatten(1)
+            logits = -(x.flatten() - a * clips).square().sum(1) / (2 * s**2)
+            out.append((logits.softmax(0) @ clips).view_as(x))
+        return torch.stack(out)
+
+    def identities(self, x, windows, prompts):
+        """Distinct backgrounds among the windows' nearest clips."""
+        nearest = [(self.clips[p] - x[w]).square().flatten(1).sum(1).argmin() for w, p in zip(windows, prompts)]
+        return len({self.identity[n].item() for n in nearest})
+
+
+def test_purpose_fewer_identities_than_gen_l_video():
+    """Windows far apart choose one subject under SynCoS, several under Gen-L-Video; over six seeds."""
+    model = Clips(LEVELS)
+    windows = S.make_windows(30, Clips.F, 3)
+    prompts = ["right"] * 5 + ["left"] * 4
+    distinct = {}
+    for method in ("gen-l-video", "syncos"):
+        settings = S.Settings(stride=3, t_min=100, csd_iters=10)
+        settings = dataclasses.replace(settings, **S.METHODS[method])
+        samples = [
+            S.syncos(model, randn(30, 1, 8, 8, seed=i), LEVELS, windows, prompts, settings, rng(i)) for i in range(6)
+        ]
+        distinct[method] = sum(model.identities(x, windows, prompts) for x in samples) / len(samples)
+    assert distinct["syncos"] <= 0.6 * distinct["gen-l-video"], distinct
