@@ -1,0 +1,290 @@
+"""Structured prompts: one global prompt for what stays, one local prompt an event for what changes.
+
+    python prompts.py "A cat wakes up, hunts a fly and falls asleep again" --num_prompts 3
+        prints the instruction for any chat model (the paper used GPT-4o); save its answer as a JSON file
+    python prompts.py "..." --num_prompts 3 --llm MODEL [--base_url URL] --output story.json
+        asks the model itself, on the Hugging Face hub or any OpenAI-compatible server, and writes that file
+    python demo.py --story story.json
+
+Standard library only, until a model is asked.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Story:
+    """A structured prompt: one local prompt an event, in time order. Raises ValueError for an empty one."""
+
+    global_prompt: str
+    local_prompts: tuple[str, ...]
+
+    def __post_init__(self):
+        if not self.local_prompts:
+            raise ValueError("The story has no events; give at least one local prompt.")
+        for i, text in enumerate(self.local_prompts, 1):
+            if not text.strip():
+                raise ValueError(f"Event {i} of {len(self.local_prompts)} is empty; every event needs a local prompt.")
+
+    def event_prompts(self, structured: bool = True) -> list[str]:
+        """The text of each event: global and local put together, or the local alone (the paper's ablation)."""
+        parts = [[self.global_prompt, text] if structured else [text] for text in self.local_prompts]
+        return [" ".join(part.strip() for part in pair if part.strip()) for pair in parts]
+
+
+def parse_events(text: str, global_prompt: str = "") -> Story:
+    """A story from one line, events separated by `|`."""
+    return Story(global_prompt.strip(), tuple(event.strip() for event in text.split("|")))
+
+
+def parse_story(text: str, count: int | None = None) -> Story:
+    """A story from JSON, {"global": "...", "local": ["...", ...]}; of `count` events, if given. Raises ValueError."""
+    form = 'expected {"global": "...", "local": ["...", ...]}'
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"This is not JSON ({error}); {form}.") from None
+    if not isinstance(data, dict) or set(data) != {"global", "local"}:
+        raise ValueError(f'A story is an object with the keys "global" and "local" and no others; {form}.')
+    local = data["local"]
+    if not isinstance(data["global"], str) or not isinstance(local, list) or not all(isinstance(p, str) for p in local):
+        raise ValueError(f'"global" must be a text and "local" a list of texts; {form}.')
+    if count is not None and len(local) != count:
+        raise ValueError(f"The story has {len(local)} local prompts where {count} were asked for.")
+    if count is not None and not data["global"].strip():
+        raise ValueError("The global prompt is empty.")
+    return Story(data["global"].strip(), tuple(p.strip() for p in local))
+
+
+def load_story(path: str | Path) -> Story:
+    """A story from a JSON file. Raises ValueError, with the file's name, if there is none in it."""
+    try:
+        return parse_story(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Cannot read the story {path}: {getattr(error, 'strerror', None) or 'not a text file'}."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def to_json(story: Story) -> str:
+    """What `parse_story` reads."""
+    return (
+        json.dumps({"global": story.global_prompt, "local": story.local_prompts}, indent=2, ensure_ascii=False) + "\n"
+    )
+
+
+def assign_events(windows: Sequence[slice], events: int) -> list[int]:
+    """The event of each window, by the position of its centre: events share the range of centres evenly. [ours]
+
+    Raises ValueError when an event would get no window.
+    """
+    centres = [(w.start + w.stop) / 2 for w in windows]
+    spacing = (centres[-1] - centres[0]) / max(len(windows) - 1, 1) or 1.0
+    start, span = centres[0] - spacing / 2, centres[-1] - centres[0] + spacing
+    assigned = [int((c - start) / span * events) for c in centres]
+    if set(assigned) != set(range(events)):
+        raise ValueError(
+            f"{events} events do not fit into {len(windows)} windows; take fewer events, more frames or less stride."
+        )
+    return assigned
+
+
+def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple[float, float]]:
+    """From where to where each event lasts, as shares of the video (0 to 1): events meet half-way between the centres
+    of the windows on either side."""
+    centres = [(w.start + w.stop) / 2 for w in windows]
+    cuts = [(a + b) / 2 for a, b, i, j in zip(centres, centres[1:], assigned, assigned[1:]) if i != j]
+    edges = [0.0, *(c / windows[-1].stop for c in cuts), 1.0]
+    return list(zip(edges, edges[1:]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ready stories: one of each kind that the paper shows, and some for the tiny world
+
+SCENARIOS = {
+    # object motion control
+    "corgi": Story(
+        "A fluffy corgi with a red bandana on a sandy beach at golden hour, gentle waves behind it, film photography.",
+        (
+            "The corgi trots along the waterline.",
+            "The corgi leaps over a piece of driftwood.",
+            "The corgi digs in the wet sand with its front paws.",
+            "The corgi shakes the water off its coat.",
+        ),
+    ),
+    # camera control
+    "lighthouse": Story(
+        "A white lighthouse on a rocky green headland above a calm blue sea, clear morning light, aerial footage.",
+        (
+            "The camera rises slowly from the rocks.",
+            "The camera circles the lighthouse to the right.",
+            "The camera moves in on the lantern room.",
+            "The camera pulls back until the whole coast is seen.",
+        ),
+    ),
+    # background change
+    "cyclist": Story(
+        "A cyclist in a yellow jersey rides a silver road bike, seen from the side, smooth tracking shot.",
+        (
+            "She rides through a field of sunflowers.",
+            "She rides along a lake below snowy mountains.",
+            "She rides across a long bridge in the fog.",
+            "She rides into a city of glass towers at dusk.",
+        ),
+    ),
+    # physical transformation
+    "iceberg": Story(
+        "A single blue iceberg in a still dark fjord under a pale sky, fixed camera, high detail.",
+        (
+            "The iceberg stands tall and sharp.",
+            "Water runs down its sides as it begins to melt.",
+            "A large piece breaks off and slides into the water.",
+            "Only a small round block of ice still floats.",
+        ),
+    ),
+    # storytelling
+    "baker": Story(
+        "An old baker with a white moustache and a flour-dusted apron in a small warm bakery lit by the oven.",
+        (
+            "He kneads dough on a wooden table.",
+            "He shapes the dough into round loaves.",
+            "He pushes the loaves into the glowing oven.",
+            "He lifts a golden loaf and smiles at it.",
+        ),
+    ),
+    # compositional generation
+    "tea": Story(
+        "A wooden table by a sunlit window, seen from slightly above, watercolour style.",
+        (
+            "An empty blue cup stands on the table.",
+            "A blue cup stands on the table beside a yellow teapot.",
+            "A blue cup, a yellow teapot and a plate of biscuits stand on the table.",
+            "A blue cup, a yellow teapot, a plate of biscuits and a sleeping cat share the table.",
+        ),
+    ),
+    # cinematic effect
+    "train": Story(
+        "A black steam train crosses a stone viaduct in a wooded valley, cinematic wide shot, 35 mm film.",
+        (
+            "The train moves in soft morning mist.",
+            "Sunbeams break through the steam as the train goes by.",
+            "The train goes by in slow motion while leaves whirl around it.",
+            "The picture fades to the blue of evening as the train's lamps light up.",
+        ),
+    ),
+    # complex scene transition
+    "astronaut": Story(
+        "An astronaut in a white suit with an orange visor walks forward, seen from behind, photorealistic.",
+        (
+            "The astronaut walks down the corridor of a space station.",
+            "The astronaut walks out of a hatch onto a red desert planet.",
+            "The astronaut walks through a storm of red dust.",
+            "The astronaut walks into a forest of glowing plants.",
+        ),
+    ),
+    # the tiny world (tiny/world.py): colour and place are left open, so the model must keep to its own choice
+    "tiny-star": Story("A star.", ("It moves right.", "It jumps.", "It grows.", "It moves left.")),
+    "tiny-ball": Story("A ball.", ("It grows.", "It moves right.", "It jumps.", "It shrinks.")),
+    "tiny-box": Story("A box.", ("It jumps.", "It moves left.", "It shrinks.", "It moves right.")),
+    "tiny-night": Story("A triangle at night.", ("It moves left.", "It grows.", "It jumps.", "It moves right.")),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Asking a language model (the paper's Fig. 8, in our words)
+
+INSTRUCTION = """\
+Split the scenario below into a structured prompt for a text-to-video model that makes one long video of {count} events.
+
+Write one global prompt and {count} local prompts:
+- The global prompt says everything that stays the same from the first frame to the last: the subject and its looks, the
+  place, the style, the light, the camera. One or two sentences.
+- Each local prompt says what happens in one event, in time order. Put the action first; one short sentence each.
+- The local prompts must differ in what happens, and follow each other without a jump.
+- What two or more events share belongs in the global prompt. Name the subject in the same words everywhere.
+- Say what can be seen: no thoughts, no sounds, no reasons. If the scenario changes the place or the light on purpose,
+  say so in the local prompts and leave it out of the global one.
+
+Answer with JSON alone, in this form:
+{{"global": "...", "local": [{dots}]}}
+
+Scenario: {scenario}
+"""
+
+
+def instruction(scenario: str, count: int) -> str:
+    """The text that asks a language model for `count` local prompts and a global one."""
+    return INSTRUCTION.format(scenario=scenario.strip(), count=count, dots=", ".join(['"..."'] * count))
+
+
+def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
+    """Have `chat(messages) -> answer` split the scenario. A bad answer is asked for once more, with what was wrong.
+
+    Raises ValueError if the second answer is bad too.
+    """
+    messages = [{"role": "user", "content": instruction(scenario, count)}]
+    for attempt in range(2):
+        answer = chat(messages)
+        try:
+            return parse_story(answer[answer.find("{") : answer.rfind("}") + 1] or answer, count)  # drop ``` fences
+        except ValueError as error:
+            if attempt == 1:
+                raise ValueError(f"The model's answer is no story, twice: {error}") from None
+            complaint = f"That answer cannot be used: {error} Answer again, with the JSON alone."
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": complaint}]
+
+
+def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
+    """`chat` for `ask`: a model on the hub (key: HF_TOKEN), or on an OpenAI-compatible server (OPENAI_API_KEY)."""
+    from huggingface_hub import InferenceClient
+
+    key = os.environ.get("OPENAI_API_KEY") if base_url else None
+    client = InferenceClient(base_url=base_url, api_key=key, timeout=120)
+
+    def chat(messages: list[dict]) -> str:
+        return client.chat_completion(messages, model=model, max_tokens=2000).choices[0].message.content or ""
+
+    return chat
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", help="what happens in the video, in your own words")
+    parser.add_argument("--num_prompts", type=int, default=4, help="events, one local prompt each (default: 4)")
+    parser.add_argument("--llm", metavar="MODEL", help="ask this model instead of printing the instruction")
+    parser.add_argument("--base_url", metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1")
+    parser.add_argument("--output", type=Path, default=Path("story.json"), help="file to write (default: story.json)")
+    args = parser.parse_args(argv)
+    if not args.scenario.strip():
+        parser.error("The scenario is empty; say in a sentence or two what happens.")
+    if args.num_prompts < 1:
+        parser.error(f"--num_prompts must be at least 1, got {args.num_prompts}.")
+    if not args.llm:
+        print(instruction(args.scenario, args.num_prompts))
+        return
+    if args.output.exists():
+        parser.error(f"{args.output} exists already; name another file with --output.")
+    if not args.output.absolute().parent.is_dir():
+        parser.error(f"The folder of {args.output} does not exist; make it first.")
+
+    try:
+        story = ask(llm_chat(args.llm, args.base_url), args.scenario, args.num_prompts)
+    except ValueError as error:
+        sys.exit(f"prompts.py: {error}")
+    except Exception as error:  # whatever a network and a server can do
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        sys.exit(f"prompts.py: {args.llm} did not answer: {reason}")
+    args.output.write_text(to_json(story), encoding="utf-8")
+    print(to_json(story) + f"Written to {args.output}; now: python demo.py --story {args.output}")
+
+
+if __name__ == "__main__":
+    main()
