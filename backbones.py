@@ -1,0 +1,300 @@
+"""Adapters: from a pretrained text-to-video pipeline to SynCoS's `predict_x0`, and from latents back to frames.
+
+`Backbone` holds what all models share: each prompt is encoded once, guidance is applied in one place, the model runs in
+its own precision while the sampler's state stays float32. A model adds a subclass of about 60 lines with
+
+    measure(model)          the window and the schedule of a model, from its small configuration files
+    make_levels(scheduler, steps)
+                            the noise levels of a walk
+    encode_text(text)       a prompt as a tuple of tensors, without a batch axis
+    denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v, eps or a flow
+    decode(latents)         frames, one at a time
+
+and a `Recipe` in RECIPES with the paper's settings. Latents are B x f x C x H x W everywhere, as in syncos.py.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from syncos import Level, PredictX0, Settings, diffusion_levels, to_x0
+
+
+def in_batches(predict_x0: PredictX0, size: int | None, done: Callable[[int], Any] = lambda n: None) -> PredictX0:
+    """`predict_x0` with at most `size` windows at a time (None: all), calling `done(windows)` after each batch."""
+
+    def predict(latents: Tensor, t: float, prompts: list[str]) -> Tensor:
+        step, out = size or len(prompts), []
+        for i in range(0, len(prompts), step):
+            out.append(predict_x0(latents[i : i + step], t, prompts[i : i + step]))
+            done(len(out[-1]))
+        return torch.cat(out)
+
+    return predict
+
+
+class Backbone:
+    """What every model shares: the prompt cache, classifier-free guidance, precision, the conversion to x0."""
+
+    prediction: str  # "v_prediction", "epsilon" or "flow"
+    negative_prompt = ""
+    scheduler: Mapping
+
+    def __init__(self, device: str, dtype: torch.dtype, guidance_scale: float):
+        self.device, self.dtype, self.guidance_scale = torch.device(device), dtype, guidance_scale
+        self.texts: dict[str, tuple[Tensor, ...]] = {}
+        self.at: dict[float, Level] = {}
+
+    def levels(self, steps: int) -> list[Level]:
+        """The walk of `steps` denoising steps; `predict_x0` knows these levels from then on."""
+        levels = self.make_levels(self.scheduler, steps)
+        self.at = {level.t: level for level in levels[:-1]}
+        return levels
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encode each distinct prompt once. Until the text encoder is released, more can be added."""
+        for text in dict.fromkeys([self.negative_prompt, *prompts]):
+            if text not in self.texts:
+                self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(text))
+
+    @torch.no_grad()
+    def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """SynCoS's model contract: noisy windows B x f x C x H x W in, guided clean estimates out, both float32."""
+        x = latents.to(self.device, self.dtype)
+        guided = self.guidance_scale > 1
+        texts = [self.texts[p] for p in [self.negative_prompt] * len(prompts) * guided + prompts]
+        stacked = [torch.stack(parts) for parts in zip(*texts)]  # (2)B ... each
+        output = self.denoise(torch.cat([x, x]) if guided else x, t, *stacked).float().to(latents.device)
+        if guided:
+            negative, positive = output.chunk(2)
+            output = negative + self.guidance_scale * (positive - negative)
+        return to_x0(output, latents, self.at[t], self.prediction)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CogVideoX (2B: sincos positions; 5B: rotary)
+
+
+class CogVideoX(Backbone):
+    """Any CogVideoX text-to-video pipeline in diffusers format, by hub id or folder.
+
+    Every window is a clip of its own to the model: positions restart at 0. Raises ValueError if the model cannot be
+    loaded or is a CogVideoX-1.5. offload: "none", "model" or "sequential", by diffusers' own hooks; tiling: decode in
+    spatial tiles. decoder_only: for `decode` alone.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        guidance_scale: float = 6.0,
+        offload: str = "none",
+        tiling: bool = False,
+        decoder_only: bool = False,
+    ):
+        from diffusers import CogVideoXPipeline
+
+        super().__init__(device, dtype, guidance_scale)
+        parts = ("transformer", "text_encoder", "tokenizer") if decoder_only else ()
+        try:
+            self.pipe = CogVideoXPipeline.from_pretrained(model, dtype=dtype, **dict.fromkeys(parts))
+        except OSError as error:
+            raise ValueError(f"Cannot load {model}: {str(error).splitlines()[0]}") from error
+        self.pipe.set_progress_bar_config(disable=True)
+        self.scheduler, self.prediction = self.pipe.scheduler.config, self.pipe.scheduler.config.prediction_type
+        if tiling:
+            self.pipe.vae.enable_tiling()
+        if offload == "none":
+            self.pipe.to(device)
+        else:
+            {"model": self.pipe.enable_model_cpu_offload, "sequential": self.pipe.enable_sequential_cpu_offload}[
+                offload
+            ](device=device)
+        self.rotary = None
+        if not decoder_only and self.pipe.transformer.config.use_rotary_positional_embeddings:
+            c, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+            frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1  # of one window
+            self.rotary = self.pipe._prepare_rotary_positional_embeddings(
+                c.sample_height * scale, c.sample_width * scale, frames, self.device
+            )
+
+    @staticmethod
+    def measure(model: str) -> dict[str, Any]:
+        """Window (latent frames), latent shape (C, H, W) and scheduler of a model, from two small files."""
+        from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+        try:
+            c = CogVideoXTransformer3DModel.load_config(model, subfolder="transformer")
+            scheduler = CogVideoXDDIMScheduler.load_config(model, subfolder="scheduler")
+        except OSError as error:
+            raise ValueError(f"{model} is no CogVideoX pipeline, neither a folder nor on the hub: {error}") from error
+        if c.get("patch_size_t"):
+            raise ValueError(
+                f"{model} is a CogVideoX-1.5 (patch_size_t = {c['patch_size_t']}), which packs latent frames in pairs; "
+                "that is not supported, use CogVideoX 2B or 5B."
+            )
+        window = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
+        latent = (c["in_channels"], c["sample_height"], c["sample_width"])
+        return dict(window=window, latent=latent, scheduler=scheduler)
+
+    @staticmethod
+    def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
+        """DDIM with trailing spacing: the walk starts at pure noise, t = 999, where alpha is exactly 0."""
+        from diffusers import CogVideoXDDIMScheduler
+
+        ddim = CogVideoXDDIMScheduler.from_config(scheduler, timestep_spacing="trailing")
+        ddim.set_timesteps(steps)
+        return diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
+
+    def encode_text(self, text: str) -> tuple[Tensor]:
+        length = self.pipe.transformer.config.max_text_seq_length
+        embedding, _ = self.pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
+        return (embedding[0],)  # L D
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoder's memory (T5-XXL: 9.5 GB in 16 bit). `encode` cannot be called after this."""
+        self.pipe.text_encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def denoise(self, x: Tensor, t: float, text: Tensor) -> Tensor:
+        timestep = torch.full((len(x),), t, device=self.device)
+        return self.pipe.transformer(x, text, timestep, image_rotary_emb=self.rotary, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames (F odd), each 8H x 8W x 3 uint8, one at a time.
+
+        Memory does not grow with F: the VAE gets the pieces that its own `decode` would make (2 latent frames, at first
+        3), and the caches of its causal convolutions carry over. Equal to decoding in one go, tiled or not.
+        """
+        vae, caches = self.pipe.vae, deque()  # a cache for each tile, in their order
+        z = latents.transpose(0, 1)[None].to(self.device, self.dtype) / vae.config.scaling_factor  # 1 C F H W
+        F, n, forward = len(latents), vae.num_latent_frames_batch_size, vae.decoder.forward
+        first = min(n + F % n, F)
+
+        for piece in z.split([first] + [n] * ((F - first) // n), dim=2):
+            fresh = not caches
+
+            def go_on(sample, conv_cache=None, fresh=fresh):
+                frames, cache = forward(sample, conv_cache=None if fresh else caches.popleft())
+                caches.append(cache)
+                return frames, cache
+
+            vae.decoder.forward = go_on
+            try:
+                video = vae.decode(piece, return_dict=False)[0]  # 1 3 n H W
+            finally:
+                vae.decoder.forward = forward
+            frames = (video[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+            yield from frames.permute(1, 2, 3, 0).cpu().numpy()  # n H W 3
+
+
+class Tiny(CogVideoX):
+    """The embedded model (tiny/): a real CogVideoX, small, that knows the words of its little world and no others."""
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        tokenizer = self.pipe.tokenizer
+        words = dict.fromkeys(
+            w for p in prompts for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(p)
+        )
+        if unknown := [w for w in words if w.lower() not in tokenizer.get_vocab()]:
+            known = sorted(w for w in tokenizer.get_vocab() if w.isalpha())
+            warnings.warn(
+                f"The tiny model does not know {', '.join(unknown)}; it knows {', '.join(known)}.", stacklevel=2
+            )
+        super().encode(prompts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The registry
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a backbone is run with unless the user says otherwise."""
+
+    backbone: type[Backbone]
+    model: str  # hub id or folder
+    window: int  # latent frames of the base clip
+    latent: tuple[int, int, int]  # C, H, W
+    scheduler: Mapping  # the released scheduler's configuration
+    settings: Settings
+    dtype: str  # on a GPU; float32 on the CPU
+    scenario: str  # of prompts.SCENARIOS
+    num_frames: int = 193  # video frames: 49 latent frames, 4x the base clip
+    frames_per_latent: int = 4  # temporal compression
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    fps: int = 8
+    needs_gpu: bool = True
+    window_batch: int | None = 1  # windows through the model at once; None: all
+
+
+COGVIDEOX_SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    set_alpha_to_one=True,
+)
+
+RECIPES = {
+    "tiny": Recipe(
+        backbone=Tiny,
+        model=str(Path(__file__).parent / "tiny" / "checkpoint"),
+        window=13,
+        latent=(8, 8, 8),
+        scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=1.0),
+        settings=Settings(stride=4, t_min=500, csd_iters=5),  # ours: small latents decide identity at lower t
+        dtype="float32",
+        scenario="tiny-star",
+        fps=16,
+        needs_gpu=False,
+        window_batch=None,
+    ),
+    "cogvideox": Recipe(
+        backbone=CogVideoX,
+        model="zai-org/CogVideoX-2b",
+        window=13,
+        latent=(16, 60, 90),
+        scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=3.0),
+        settings=Settings(stride=4),
+        dtype="float16",
+        scenario="corgi",
+    ),
+    "cogvideox-5b": Recipe(
+        backbone=CogVideoX,
+        model="zai-org/CogVideoX-5b",
+        window=13,
+        latent=(16, 60, 90),
+        scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=1.0),
+        settings=Settings(stride=4),
+        dtype="bfloat16",
+        scenario="corgi",
+    ),
+}
+
+
+def get_recipe(name: str, model: str | None = None) -> Recipe:
+    """The recipe of a backbone; for a `model` other than its own, with that model's window and schedule.
+
+    Raises ValueError if there is no such backbone or model. Loads no weights.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no backbone {name}; choose one of {', '.join(RECIPES)}.")
+    recipe = RECIPES[name]
+    if model is None and not Path(recipe.model).is_dir():  # the released model: known without asking the hub
+        return recipe
+    model = model or recipe.model
+    return replace(recipe, model=model, **recipe.backbone.measure(model))

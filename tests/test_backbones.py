@@ -1,0 +1,195 @@
+"""The CogVideoX adapter against diffusers' own pipeline, on random weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+import backbones
+from backbones import RECIPES, Backbone, CogVideoX, get_recipe, in_batches
+from syncos import METHODS, Settings, flow_levels, make_windows, syncos
+
+PROMPT = "a red fox . it jumps"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def maxdiff(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.fixture
+def backbone(pipeline_folder):
+    backbone = CogVideoX(pipeline_folder, guidance_scale=6.0)
+    backbone.encode([PROMPT, "it runs"])
+    return backbone
+
+
+@pytest.fixture
+def pipe(pipeline_folder):
+    return CogVideoXPipeline.from_pretrained(pipeline_folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("guidance", [6.0, 1.0])
+def test_one_window_is_the_pipeline(backbone, pipe, steps, guidance):
+    """With one window and stage 2 off, adapter and loop are CogVideoXPipeline, latents and frames."""
+    noise = randn(5, 4, 2, 4)
+    backbone.guidance_scale = guidance
+    levels = backbone.levels(steps)
+    assert levels[0].alpha == 0
+    settings = Settings(stride=5, **METHODS["gen-l-video"])
+    got = syncos(backbone.predict_x0, noise, levels, [slice(0, 5)], [PROMPT], settings, torch.Generator())
+
+    args = dict(num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=12, num_frames=17, eta=0.0)
+    expected = pipe(PROMPT, latents=noise[None].clone(), output_type="latent", **args).frames[0]
+    assert maxdiff(got, expected) < 1e-4
+    frames = pipe(PROMPT, latents=noise[None].clone(), output_type="np", **args).frames[0]
+    ours = np.stack(list(backbone.decode(got)))
+    assert ours.shape == (17, 16, 32, 3) and ours.dtype == np.uint8
+    assert np.abs(ours / 255 - frames).max() < 0.5 / 255 + 1e-4
+
+
+def test_prompts_are_encoded_once_and_then_the_encoder_may_go(backbone):
+    calls = []
+    backbone.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    backbone.encode([PROMPT, "it runs", "it sleeps", "it sleeps"])
+    assert len(calls) == 1
+    backbone.release_text_encoder()
+    backbone.levels(5)
+    assert backbone.pipe.text_encoder is None
+    assert backbone.predict_x0(randn(2, 5, 4, 2, 4), 999, ["it sleeps", PROMPT]).shape == (2, 5, 4, 2, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, None])
+def test_window_batch_changes_nothing(backbone, size):
+    backbone.levels(5)
+    seen = []
+    x, prompts = randn(3, 5, 4, 2, 4), [PROMPT, "it runs", PROMPT]
+    whole = backbone.predict_x0(x, 599, prompts)
+    split = in_batches(backbone.predict_x0, size, seen.append)(x, 599, prompts)
+    assert maxdiff(whole, split) < 1e-5 and sum(seen) == 3 and max(seen) == (size or 3)
+    assert maxdiff(whole[0], whole[1]) > 1e-3
+
+
+def test_half_precision_model_float32_state(pipeline_folder):
+    full, half = CogVideoX(pipeline_folder), CogVideoX(pipeline_folder, dtype=torch.bfloat16)
+    x = randn(1, 5, 4, 2, 4)
+    results = []
+    for backbone in (full, half):
+        backbone.encode([PROMPT])
+        backbone.levels(5)
+        results.append(backbone.predict_x0(x, 599, [PROMPT]))
+    assert results[1].dtype == torch.float32 and half.pipe.transformer.dtype == torch.bfloat16
+    assert 0 < maxdiff(*results) < 0.5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 13, 21])
+@pytest.mark.parametrize("tiling", [False, True])
+def test_streamed_decoding_equals_one_go(pipeline_folder, pipe, frames, tiling):
+    backbone = CogVideoX(pipeline_folder, tiling=tiling, decoder_only=True)
+    assert backbone.pipe.transformer is None and backbone.pipe.text_encoder is None
+    latents = randn(frames, 4, 5, 7)  # 40x56 pixels: several tiles
+    if tiling:
+        pipe.vae.enable_tiling()
+    with torch.no_grad():
+        whole = pipe.decode_latents(latents[None])[0]
+    whole = (whole / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).numpy()
+    streamed = np.stack(list(backbone.decode(latents)))
+    assert streamed.shape == whole.shape
+    assert np.abs(streamed.astype(int) - whole).max() <= 1  # float32 rounding at a uint8 border
+    if frames % 2:
+        assert len(streamed) == 4 * (frames - 1) + 1
+
+
+def test_two_videos_can_be_decoded_in_turn(pipeline_folder):
+    backbone = CogVideoX(pipeline_folder, decoder_only=True)
+    a, b = randn(7, 4, 2, 4), randn(7, 4, 2, 4, seed=1)
+    alone = [list(backbone.decode(x)) for x in (a, b)]
+    together = list(zip(backbone.decode(a), backbone.decode(b)))
+    for x, column in zip(alone, zip(*together)):
+        assert all(np.array_equal(p, q) for p, q in zip(x, column))
+
+
+def test_decoding_memory_does_not_grow(pipeline_folder):
+    """No call of the decoder sees more than three latent frames, whatever the length."""
+    backbone = CogVideoX(pipeline_folder, decoder_only=True)
+    seen = []
+    forward = backbone.pipe.vae.decoder.forward
+    backbone.pipe.vae.decoder.forward = lambda z, conv_cache=None: (
+        seen.append(z.shape[2]) or forward(z, conv_cache=conv_cache)
+    )
+    stream = backbone.decode(randn(101, 4, 2, 4))
+    next(stream)
+    assert seen == [3]  # nothing is decoded ahead
+    for _ in stream:
+        pass
+    assert seen == [3] + [2] * 49
+
+
+def test_measure(pipeline_folder, tmp_path):
+    recipe = get_recipe("cogvideox", pipeline_folder)
+    assert recipe.window == 5 and recipe.latent == (4, 2, 4)
+    assert recipe.scheduler["snr_shift_scale"] == 3.0
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        get_recipe("cogvideox", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="no backbone sora"):
+        get_recipe("sora")
+
+
+def test_cogvideox_1_5_is_refused(pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    config = tmp_path / "model" / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"patch_size_t": 2}))
+    with pytest.raises(ValueError, match="CogVideoX-1.5"):
+        get_recipe("cogvideox", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_the_released_models(name):
+    """Window, plan and schedule of the paper's 4x run."""
+    recipe = RECIPES[name]
+    levels = recipe.backbone.make_levels(recipe.scheduler, 50)
+    windows = make_windows(
+        (recipe.num_frames - 1) // recipe.frames_per_latent + 1, recipe.window, recipe.settings.stride
+    )
+    assert len(levels) == 51 and len(windows) == 10
+    assert levels[0] == (999, 0.0, 1.0) and levels[-1] == (-1, 1.0, 0.0)
+    ddim = CogVideoXDDIMScheduler.from_config(dict(recipe.scheduler))
+    assert ddim.alphas_cumprod.dtype == torch.float64
+    assert levels[1].alpha ** 2 == pytest.approx(float(ddim.alphas_cumprod[979]), rel=1e-9)
+
+
+def test_the_base_class_serves_other_kinds_of_models():
+    """A flow model and an eps model with a text mask, in a few lines, agree with their closed forms."""
+
+    class Flow(Backbone):
+        prediction, negative_prompt, scheduler = "flow", "bad", None
+
+        @staticmethod
+        def make_levels(scheduler, steps):
+            sigmas = [1 - i / steps for i in range(steps)]
+            return flow_levels([*sigmas, 0.0], [1000 * s for s in sigmas])
+
+        def encode_text(self, text):
+            return torch.tensor([float(len(text))]), torch.ones(1, dtype=torch.bool)
+
+        def denoise(self, x, t, text, mask):
+            assert mask.shape == (len(x), 1)
+            return x * 0 + text.view(-1, 1, 1, 1, 1)
+
+    backbone = Flow("cpu", torch.float32, guidance_scale=2.0)
+    backbone.encode(["good!"])
+    levels = backbone.levels(4)
+    x = randn(1, 2, 1, 1, 1)
+    assert maxdiff(backbone.predict_x0(x, levels[1].t, ["good!"]), x - 0.75 * (3 + 2 * (5 - 3))) < 1e-6
+
+
+def test_registry_needs_no_weights():
+    assert Path(backbones.__file__).parent.joinpath("tiny", "checkpoint").as_posix() == RECIPES["tiny"].model
