@@ -136,7 +136,9 @@ class CogVideoX(Backbone):
             c = CogVideoXTransformer3DModel.load_config(model, subfolder="transformer")
             scheduler = CogVideoXDDIMScheduler.load_config(model, subfolder="scheduler")
         except OSError as error:
-            raise ValueError(f"{model} is no CogVideoX pipeline, neither a folder nor on the hub: {error}") from error
+            raise ValueError(
+                f"{model} is no CogVideoX pipeline: neither a folder with one nor a model of the hub."
+            ) from error
         if c.get("patch_size_t"):
             raise ValueError(
                 f"{model} is a CogVideoX-1.5 (patch_size_t = {c['patch_size_t']}), which packs latent frames in pairs; "

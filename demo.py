@@ -1,0 +1,410 @@
+"""Make a long video of several events from one command.
+
+    python demo.py                            the embedded tiny model, on any laptop
+    python demo.py --compare                  Gen-L-Video and SynCoS side by side, from the same noise
+    python demo.py --backbone cogvideox       CogVideoX-2B, on a GPU
+    python demo.py --backbone cogvideox --global_prompt "A red fox in the snow." --prompt "It runs. | It jumps."
+
+Writes the video and, beside it, a contact sheet (PNG) with each event's prompt under its frames.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import prompts as P
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = "(default: the backbone's)"
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", default="tiny", help="tiny, cogvideox or cogvideox-5b (default: tiny)")
+    group.add_argument("--model", help=f"hub id or folder of a pipeline in diffusers format {own}")
+    group.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    group.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=f"{own}; float32 on a CPU")
+    group.add_argument("--offload", choices=["none", "model", "sequential"], default="none",
+                       help="keep parts of the model off the GPU: less memory, slower (default: none)")  # fmt: skip
+    group.add_argument("--window_batch", type=int, help=f"most windows that go through the model at once {own}")
+    group.add_argument("--vae_tiling", action="store_true", help="decode in spatial tiles: less memory, slower")
+
+    group = parser.add_argument_group("story (one of; default: the backbone's scenario)")
+    group.add_argument("--prompt", help='local prompts, one an event, separated by "|"')
+    group.add_argument("--global_prompt", default="", help="what stays the same throughout (with --prompt)")
+    group.add_argument("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}')
+    group.add_argument("--scenario", metavar="NAME", help="a ready story, see --list_scenarios")
+    group.add_argument("--list_scenarios", action="store_true", help="print the ready stories and stop")
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=["syncos", "gen-l-video", "csd"], default="syncos")
+    group.add_argument("--ablate", nargs="+", metavar="PART", default=[],
+                       help="take parts of SynCoS away: stage-1, stage-2, stage-2-only, stage-3, grounded-timestep, "
+                            "fixed-noise, t-min, structured-prompt")  # fmt: skip
+    group.add_argument("--compare", action="store_true", help="run Gen-L-Video and SynCoS, show them side by side")
+    group.add_argument("--num_frames", type=int, help=f"video frames {own}")
+    group.add_argument("--num_inference_steps", type=int, help=f"denoising steps {own}")
+    group.add_argument("--guidance_scale", type=float, help=f"classifier-free guidance {own}")
+    group.add_argument("--stride", type=int, help=f"latent frames between windows {own}")
+    group.add_argument("--csd_iters", type=int, help=f"stage 2: iterations a step {own}")
+    group.add_argument("--csd_lr", type=float, help=f"stage 2: AdamW's learning rate {own}")
+    group.add_argument("--csd_batch", type=int, help=f"stage 2: windows a minibatch {own}")
+    group.add_argument("--t_min", type=float, help=f"stage 2 runs while t > t_min {own}")
+    group.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
+
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_path", type=Path, default=Path("output.mp4"), help=".mp4 or .gif (default: output.mp4)"
+    )
+    group.add_argument("--fps", type=int, help=f"frames per second {own}")
+    group.add_argument("--save_latents", action="store_true", help="keep the latents (.safetensors beside the video)")
+    group.add_argument("--decode", type=Path, metavar="FILE", help="decode saved latents; no sampling")
+    group.add_argument("--plan", action="store_true", help="print the plan and stop")
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan: everything that can be known, and refused, before a model is loaded
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Any  # backbones.Recipe, with the user's choices
+    story: P.Story
+    methods: dict[str, Any]  # name -> syncos.Settings
+    windows: list[slice]
+    events: list[int]  # of each window
+    prompts: list[str]  # of each window
+    frames: int  # latent frames
+    device: str
+    dtype: Any
+    seed: int
+
+    def evaluations(self, levels) -> dict[str, int]:
+        from syncos import count_evaluations
+
+        return {name: count_evaluations(levels, self.windows, s) for name, s in self.methods.items()}
+
+    def describe(self) -> str:
+        r = self.recipe
+        levels = r.backbone.make_levels(r.scheduler, r.num_inference_steps)
+        settings = list(self.methods.values())[-1]
+        counts = self.evaluations(levels)
+        lines = [
+            f"{r.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, guidance {r.guidance_scale:g}, "
+            f"seed {self.seed}",
+            f"{(self.frames - 1) * r.frames_per_latent + 1} frames at {r.fps} fps = {self.frames} latent frames: "
+            f"{len(self.windows)} windows of {r.window}, stride {settings.stride}",
+            f"{r.num_inference_steps} steps; stage 2 above t = {settings.t_min:g}: {settings.csd_iters} iterations of "
+            f"{min(settings.csd_batch, len(self.windows))} windows, learning rate {settings.csd_lr:g}",
+            *[f"{name}: {count} model evaluations (windows)" for name, count in counts.items()],
+        ]
+        if self.story.global_prompt:
+            lines.append(f"global: {self.story.global_prompt}")
+        for i, text in enumerate(self.story.local_prompts):
+            mine = [n + 1 for n, event in enumerate(self.events) if event == i]
+            which = f"windows {mine[0]} to {mine[-1]}" if len(mine) > 1 else f"window {mine[0]}"
+            lines.append(f"event {i + 1}, {which}: {text}")
+        return "\n".join(lines)
+
+
+def choose_story(args: argparse.Namespace, default: str) -> P.Story:
+    given = [name for name in ("prompt", "story", "scenario") if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"Give one story: --{given[0]} or --{given[1]}, not both.")
+    if args.global_prompt and given != ["prompt"]:
+        raise ValueError("--global_prompt goes with --prompt; a story file or scenario has its own.")
+    if args.prompt is not None:
+        return P.parse_events(args.prompt, args.global_prompt)
+    if args.story is not None:
+        return P.load_story(args.story)
+    name = args.scenario or default
+    if name not in P.SCENARIOS:
+        raise ValueError(f"There is no scenario {name}; --list_scenarios shows them all.")
+    return P.SCENARIOS[name]
+
+
+def choose_recipe(args: argparse.Namespace, backbone: str, model: str | None) -> tuple[Any, str, Any]:
+    """The backbone's recipe and the device and dtype to run it with. Raises ValueError."""
+    import torch
+
+    from backbones import get_recipe
+
+    recipe = get_recipe(backbone, model)
+    device = args.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if device == "cpu" and recipe.needs_gpu:
+            raise ValueError(f"--backbone {backbone} needs a GPU and there is none; --device cpu tries all the same.")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"There is no device {device}; use cuda, mps or cpu.") from None
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        raise ValueError(f"--device {device} is not available here; use --device cpu.")
+    if kind == "cpu" and args.offload != "none":
+        raise ValueError("--offload moves parts of the model between GPU and CPU; on the CPU leave it out.")
+    return recipe, device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+
+
+def check_output(path: Path) -> None:
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"--output_path must end in .mp4 or .gif, got {path}.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"The folder of {path} does not exist; make it first.")
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written; name another --output_path.")
+
+
+def latent_frames(num_frames: int, recipe) -> int:
+    """Latent frames of `num_frames` video frames; a causal VAE wants an odd number of them. Raises ValueError."""
+    c = recipe.frames_per_latent
+    frames = (num_frames - 1) // c + 1
+    if (num_frames - 1) % (2 * c) or frames < recipe.window:
+        nearest = max(2 * c * round((num_frames - 1) / (2 * c)), (recipe.window - 1) * c) + 1
+        raise ValueError(
+            f"--num_frames {num_frames} fits no window plan: it must be {2 * c} n + 1 and at least "
+            f"{(recipe.window - 1) * c + 1}; the nearest is {nearest}."
+        )
+    return frames
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Check everything and plan the run. Raises ValueError, one sentence that says what is wrong and what to do."""
+    for name, low in dict(num_inference_steps=1, window_batch=1, fps=1, guidance_scale=0, seed=0).items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"--{name} must be at least {low}, got {value}.")
+
+    from syncos import ABLATIONS, METHODS, Settings, make_windows
+
+    recipe, device, dtype = choose_recipe(args, args.backbone, args.model)
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    pick = lambda *names: {k: given[k] for k in names if k in given}  # noqa: E731
+    settings = replace(recipe.settings, **pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min"))
+    recipe = replace(recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch"))
+
+    known = [*ABLATIONS, "structured-prompt"]
+    if unknown := [part for part in args.ablate if part not in known]:
+        raise ValueError(f"--ablate {unknown[0]} is not known; choose from {', '.join(known)}.")
+    if args.ablate and (args.method != "syncos" or args.compare):
+        raise ValueError("--ablate takes parts of SynCoS away; it goes with neither another --method nor --compare.")
+    changes = [ABLATIONS.get(part, {}) for part in args.ablate]
+    names = ["gen-l-video", "syncos"] if args.compare else [args.method]
+    methods: dict[str, Settings] = {n: replace(settings, **METHODS[n]) for n in names}
+    if args.ablate:
+        methods = {
+            "syncos w/o " + ", ".join(args.ablate): replace(settings, **dict(chain(*(c.items() for c in changes))))
+        }
+
+    story = choose_story(args, recipe.scenario)
+    frames = latent_frames(recipe.num_frames, recipe)
+    windows = make_windows(frames, recipe.window, settings.stride)
+    events = P.assign_events(windows, len(story.local_prompts))
+    texts = story.event_prompts(structured="structured-prompt" not in args.ablate)
+    return Plan(recipe, story, methods, windows, events, [texts[e] for e in events], frames, device, dtype, args.seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def sample(plan: Plan, backbone) -> dict[str, Any]:
+    """Latents of each method, F x C x H x W, all from the same initial noise."""
+    import torch
+    from tqdm import tqdm
+
+    from backbones import in_batches
+    from syncos import syncos
+
+    levels, latents = backbone.levels(plan.recipe.num_inference_steps), {}
+    counts = plan.evaluations(levels)
+    for name, settings in plan.methods.items():
+        generator = torch.Generator().manual_seed(plan.seed)
+        noise = torch.randn(plan.frames, *plan.recipe.latent, generator=generator).to(plan.device)
+        with tqdm(total=counts[name], desc=name, unit="window", smoothing=0.05) as bar:
+            predict_x0 = in_batches(backbone.predict_x0, plan.recipe.window_batch, bar.update)
+            latents[name] = syncos(predict_x0, noise, levels, plan.windows, plan.prompts, settings, generator).cpu()
+    return latents
+
+
+def write_latents(path: Path, latents: dict[str, Any], about: dict[str, Any]) -> None:
+    """Safetensors, F x C x H x W for each method; `about` says how to decode them. Written whole or not at all."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    save_file(latents, partial, metadata={"syncos": json.dumps(about)})
+    os.replace(partial, path)
+
+
+def read_latents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_latents` wrote. Raises ValueError if the file is missing or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["syncos"])
+            return {name: file.get_tensor(name) for name in about["methods"]}, about
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} holds no latents that this program saved ({type(error).__name__}).") from None
+
+
+def write_video(path: Path, frames: Iterator, fps: int) -> None:
+    """Frames, H x W x 3 uint8, as mp4 or gif; small ones enlarged to about 256 rows. Written whole or not at all."""
+    import imageio.v2 as imageio
+
+    partial = path.with_name(path.stem + ".partial" + path.suffix)
+    if path.suffix == ".mp4":
+        options = dict(fps=fps, codec="libx264", quality=8, macro_block_size=2, output_params=["-loglevel", "error"])
+    else:
+        options = dict(duration=1000 / fps, loop=0)
+    writer = imageio.get_writer(partial, **options)
+    try:
+        for frame in frames:
+            zoom = max(1, 256 // len(frame))
+            writer.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(path: Path, picked: dict[str, dict[int, Any]], rows: list[tuple[list[int], str]], title: str) -> None:
+    """A PNG: for each event a row of frames for each method, the prompt below.
+
+    picked: method -> video frame number -> picture; rows: the frame numbers and the prompt of each event.
+    """
+    from textwrap import wrap
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = next(iter(next(iter(picked.values())).values()))
+    height, width = first.shape[:2]
+    w, gap, font = 144, 6, ImageFont.load_default(15)
+    h, across = round(w * height / width), max(len(numbers) for numbers, _ in rows)
+    label = 0 if len(picked) == 1 else 110
+    chars = max(20, int((across * (w + gap)) / 7.6))
+    texts = [wrap(text, chars) for _, text in rows]
+    head = wrap(title, chars)
+    total = (len(head) + 1) * 19 + sum(len(picked) * (h + 18 + gap) + len(t) * 19 + 16 for t in texts)
+    sheet = Image.new("RGB", (label + across * (w + gap) + gap, total), "white")
+    draw, y = ImageDraw.Draw(sheet), gap
+    for line in head:
+        draw.text((label + gap, y), line, "black", font)
+        y += 19
+    y += 8
+    for (numbers, _), text in zip(rows, texts):
+        for name, frames in picked.items():
+            if label:
+                draw.text((gap, y + h // 2 - 8), name, "black", font)
+            for column, number in enumerate(numbers):
+                x = label + gap + column * (w + gap)
+                picture = Image.fromarray(frames[number])
+                sheet.paste(picture.resize((w, h), Image.NEAREST if w > width else Image.LANCZOS), (x, y))
+                draw.text((x, y + h), str(number), "gray", ImageFont.load_default(12))
+            y += h + 18 + gap
+        for line in text:
+            draw.text((label + gap, y), line, "black", font)
+            y += 19
+        y += 16
+    partial = path.with_name(path.stem + ".partial.png")
+    sheet.save(partial)
+    os.replace(partial, path)
+
+
+def show(path: Path, backbone, latents: dict[str, Any], about: dict[str, Any], fps: int) -> None:
+    """Decode, frame by frame, into the video (methods side by side) and the contact sheet beside it."""
+    import numpy as np
+    from tqdm import tqdm
+
+    total = about["num_frames"]
+    rows = []  # eight frames spread over each event's share of the video
+    for (start, stop), text in zip(about["spans"], about["local"]):
+        rows.append(([int(total * (start + (stop - start) * (k + 0.5) / 8)) for k in range(8)], text))
+    wanted = set(chain(*(numbers for numbers, _ in rows)))
+    picked: dict[str, dict[int, Any]] = {name: {} for name in latents}
+
+    def frames() -> Iterator:
+        streams = zip(*(backbone.decode(x) for x in latents.values()))
+        for number, row in enumerate(tqdm(streams, total=total, desc="decoding", unit="frame")):
+            if number in wanted:
+                for name, frame in zip(picked, row):
+                    picked[name][number] = frame
+            yield np.concatenate(row, axis=1)
+
+    write_video(path, frames(), fps)
+    contact_sheet(path.with_suffix(".png"), picked, rows, about["global"] or "")
+    print(f"Wrote {path} and {path.with_suffix('.png')}")
+
+
+def load(args: argparse.Namespace, recipe, device: str, dtype, **options):
+    return recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling, **options)
+
+
+def run(args: argparse.Namespace, plan: Plan, backbone) -> None:
+    """Encode, sample, save, show. The latents are on disk before decoding starts."""
+    backbone.encode(plan.prompts)
+    backbone.release_text_encoder()
+    latents = sample(plan, backbone)
+
+    about = dict(
+        backbone=args.backbone,
+        model=args.model,
+        methods=list(latents),
+        num_frames=plan.recipe.num_frames,
+        fps=plan.recipe.fps,
+        seed=plan.seed,
+        spans=P.event_spans(plan.windows, plan.events),
+        **{"global": plan.story.global_prompt, "local": plan.story.local_prompts},
+    )
+    saved = args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
+    write_latents(saved, latents, about)
+    show(args.output_path, backbone, latents, about, plan.recipe.fps)
+    if args.save_latents:
+        print(f"Kept the latents in {saved}; --decode {saved} decodes them again")
+    else:
+        saved.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    if args.list_scenarios:
+        for name, story in P.SCENARIOS.items():
+            print(f"{name}\n    {story.global_prompt}")
+            print("".join(f"    - {text}\n" for text in story.local_prompts), end="")
+        return
+
+    try:  # whatever is wrong with what was asked shows here, before anything heavy
+        check_output(args.output_path)
+        if args.decode:
+            latents, about = read_latents(args.decode)
+            recipe, device, dtype = choose_recipe(args, about["backbone"], args.model or about["model"])
+            backbone = load(args, recipe, device, dtype, decoder_only=True)
+        else:
+            plan = make_plan(args)
+            print(plan.describe(), flush=True)
+            if args.plan:
+                return
+            backbone = load(args, plan.recipe, plan.device, plan.dtype)
+    except ValueError as error:
+        parser.exit(2, f"demo.py: {error}\n")
+
+    if args.decode:
+        show(args.output_path, backbone, latents, about, args.fps or about["fps"])
+    else:
+        run(args, plan, backbone)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

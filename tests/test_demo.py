@@ -1,0 +1,194 @@
+"""The command line, as a user meets it, on random weights."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+
+import demo
+import prompts
+import syncos
+from backbones import RECIPES
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*words) -> None:
+    demo.main([str(w) for w in words])
+
+
+@pytest.fixture
+def base(pipeline_folder, tmp_path):
+    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows."""
+    words = f"--backbone cogvideox --model {pipeline_folder} --device cpu --num_frames 33 --num_inference_steps 4"
+    words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
+    return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]
+
+
+def frames_of(path):
+    return np.stack([frame for frame in imageio.get_reader(path)])  # list() would ask for an endless length
+
+
+def test_help_is_instant_and_imports_no_torch():
+    start = time.time()
+    done = subprocess.run([sys.executable, ROOT / "demo.py", "--help"], capture_output=True, text=True, check=True)
+    assert time.time() - start < 1.0
+    for name in [*RECIPES, *syncos.METHODS, *syncos.ABLATIONS, "structured-prompt"]:
+        assert name in done.stdout
+    code = "import sys, demo\ntry: demo.main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_list_scenarios(capsys):
+    call("--list_scenarios")
+    out = capsys.readouterr().out
+    assert all(f"{name}\n" in out for name in prompts.SCENARIOS)
+
+
+def test_a_run_writes_video_and_sheet(base, tmp_path, capsys):
+    call(*base)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["video.mp4", "video.png"]
+    assert frames_of(tmp_path / "video.mp4").shape == (33, 256, 512, 3)  # 16x32, enlarged
+    assert imageio.imread(tmp_path / "video.png").std() > 0
+    captured = capsys.readouterr()
+    assert "syncos: 24 model evaluations" in captured.out  # 4 steps x 3 windows + 2 refined steps x 2 x 3
+    assert "24/24" in captured.err  # and that is what was used
+    assert "event 2, windows 2 to 3: it jumps" in captured.out
+
+
+def test_same_seed_same_latents_whatever_the_window_batch(base, tmp_path):
+    results = []
+    for extra in ([], ["--window_batch", 2], ["--seed", 1]):
+        call(*base, "--save_latents", *extra)
+        results.append(demo.read_latents(tmp_path / "video.safetensors")[0]["syncos"])
+    assert (results[0] - results[1]).abs().max() < 1e-4
+    assert (results[0] - results[2]).abs().max() > 1e-2
+
+
+def test_saved_latents_decode_to_the_same_video(base, tmp_path):
+    call(*base, "--save_latents", "--compare")
+    latents, about = demo.read_latents(tmp_path / "video.safetensors")
+    assert list(latents) == ["gen-l-video", "syncos"] and latents["syncos"].shape == (9, 4, 2, 4)
+    assert about["global"] == "a red fox ." and about["local"] == ["it runs", "it jumps"]
+    model = base[base.index("--model") + 1]
+    call("--decode", tmp_path / "video.safetensors", "--device", "cpu", "--output_path", tmp_path / "again.mp4")
+    assert np.array_equal(frames_of(tmp_path / "video.mp4"), frames_of(tmp_path / "again.mp4"))
+    assert (tmp_path / "video.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    call("--decode", tmp_path / "video.safetensors", "--device", "cpu", "--model", model, "--vae_tiling",
+         "--output_path", tmp_path / "tiled.gif")  # fmt: skip
+    assert len(frames_of(tmp_path / "tiled.gif")) == 33
+    assert frames_of(tmp_path / "video.mp4").shape[2] == 1024  # side by side
+
+
+@pytest.mark.parametrize(
+    "extra", [["--method", "csd"], ["--ablate", "stage-1", "fixed-noise"], ["--ablate", "structured-prompt"]]
+)
+def test_methods_and_ablations_run(base, tmp_path, capsys, extra):
+    call(*base, *extra)
+    assert (tmp_path / "video.mp4").exists()
+    assert ("syncos w/o" in capsys.readouterr().out) == (extra[0] == "--ablate")
+
+
+def test_plan_stops_before_loading(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    call(*base, "--plan")
+    assert "model evaluations" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    call("--backbone", "cogvideox", "--device", "cpu", "--plan")  # needs no hub
+    out = capsys.readouterr().out
+    assert "193 frames at 8 fps = 49 latent frames: 10 windows of 13, stride 4" in out
+    assert "syncos: 1220 model evaluations" in out and "zai-org/CogVideoX-2b" in out
+
+
+def bad_inputs(tmp_path):
+    (tmp_path / "bad.json").write_text('{"prompts": []}')
+    (tmp_path / "noise.safetensors").write_bytes(b"nonsense")
+    return {
+        "no scenario nowhere": ["--scenario", "nowhere"],
+        "Event 2 of 3 is empty": ["--prompt", "a || b"],
+        "4 events do not fit into 3 windows": ["--prompt", "a|b|c|d"],
+        "fits no window plan.*nearest is 33": ["--num_frames", "30"],
+        "at least 17; the nearest is 17": ["--num_frames", "9"],
+        "stride must be between 1 and": ["--stride", "6"],
+        "object with the keys": ["--story", str(tmp_path / "bad.json")],
+        "Cannot read the story": ["--story", str(tmp_path / "none.json")],
+        "not both": ["--prompt", "a", "--scenario", "corgi"],
+        "--global_prompt goes with": ["--global_prompt", "a", "--scenario", "corgi"],
+        "must end in .mp4 or .gif": ["--output_path", str(tmp_path / "video.avi")],
+        "does not exist; make it": ["--output_path", str(tmp_path / "no" / "video.mp4")],
+        "is no CogVideoX pipeline": ["--model", str(tmp_path / "none")],
+        "no backbone sora": ["--backbone", "sora"],
+        "no device gpu": ["--device", "gpu"],
+        "cuda is not available": ["--device", "cuda"],
+        "--offload moves": ["--offload", "model"],
+        "stage-9 is not known": ["--ablate", "stage-9"],
+        "goes with neither": ["--ablate", "stage-1", "--method", "csd"],
+        "csd_batch must be at least 1": ["--csd_batch", "0"],
+        "--num_inference_steps must be": ["--num_inference_steps", "0"],
+        "--guidance_scale must be": ["--guidance_scale", "nan"],
+        "holds no latents": ["--decode", str(tmp_path / "noise.safetensors")],
+        "holds no latents.*FileNotFound": ["--decode", str(tmp_path / "none.safetensors")],
+    }
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_bad_input_is_one_sentence_and_exit_2(base, tmp_path, capsys, monkeypatch, number):
+    if torch.cuda.is_available() and "cuda" in list(bad_inputs(tmp_path))[number]:
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(demo, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    reason, words = list(bad_inputs(tmp_path).items())[number]
+    drop = {"--scenario", "--story", "--global_prompt", "--prompt"} & set(words)
+    kept = [
+        w
+        for pair in zip(base[::2], base[1::2])
+        if not (drop and pair[0] in ("--prompt", "--global_prompt"))
+        for w in pair
+    ]
+    (tmp_path / "video.mp4").write_text("precious")
+    with pytest.raises(SystemExit) as exit:
+        call(*kept, *words)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and len(error) < 400
+    assert re.search(reason, error), error
+    assert (tmp_path / "video.mp4").read_text() == "precious"
+
+
+def test_no_gpu_for_a_big_backbone(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        call("--backbone", "cogvideox")
+    assert exit.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_decoder_that_fails_leaves_the_old_video_and_the_latents(base, tmp_path, monkeypatch):
+    (tmp_path / "video.mp4").write_text("precious")
+
+    def broken(self, latents):
+        yield np.zeros((16, 32, 3), np.uint8)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(RECIPES["cogvideox"].backbone, "decode", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(*base)
+    assert (tmp_path / "video.mp4").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["video.mp4", "video.undecoded.safetensors"]
+    monkeypatch.undo()
+    call(
+        "--decode", tmp_path / "video.undecoded.safetensors", "--device", "cpu", "--output_path", tmp_path / "video.mp4"
+    )
+    assert len(frames_of(tmp_path / "video.mp4")) == 33
+
+
+def test_a_story_file_is_the_same_as_its_words(base, tmp_path, capsys):
+    call(*base, "--plan")
+    words = capsys.readouterr().out
+    (tmp_path / "story.json").write_text(json.dumps({"global": "a red fox .", "local": ["it runs", "it jumps"]}))
+    call(*base[: base.index("--prompt")], "--story", tmp_path / "story.json", "--plan")
+    assert capsys.readouterr().out == words
