@@ -46,8 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=["syncos", "gen-l-video", "csd"], default="syncos")
     group.add_argument("--ablate", nargs="+", metavar="PART", default=[],
-                       help="take parts of SynCoS away: stage-1, stage-2, stage-2-only, stage-3, grounded-timestep, "
-                            "fixed-noise, t-min, structured-prompt")  # fmt: skip
+                       help="take parts of SynCoS away: stage-1, stage-2, stage-2-keep-noise, stage-3, "
+                            "grounded-timestep, fixed-noise, t-min, structured-prompt")  # fmt: skip
     group.add_argument("--compare", action="store_true", help="run Gen-L-Video and SynCoS, show them side by side")
     group.add_argument("--num_frames", type=int, help=f"video frames {own}")
     group.add_argument("--num_inference_steps", type=int, help=f"denoising steps {own}")
@@ -102,10 +102,12 @@ class Plan:
             f"seed {self.seed}",
             f"{(self.frames - 1) * r.frames_per_latent + 1} frames at {r.fps} fps = {self.frames} latent frames: "
             f"{len(self.windows)} windows of {r.window}, stride {settings.stride}",
-            f"{r.num_inference_steps} steps; stage 2 above t = {settings.t_min:g}: {settings.csd_iters} iterations of "
-            f"{min(settings.csd_batch, len(self.windows))} windows, learning rate {settings.csd_lr:g}",
-            *[f"{name}: {count} model evaluations (windows)" for name, count in counts.items()],
+            f"{r.num_inference_steps} steps",
         ]
+        if settings.refine:
+            lines[-1] += f"; stage 2 above t = {settings.t_min:g}: {settings.csd_iters} iterations of "
+            lines[-1] += f"{min(settings.csd_batch, len(self.windows))} windows, learning rate {settings.csd_lr:g}"
+        lines += [f"{name}: {count} model evaluations (windows)" for name, count in counts.items()]
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
         for i, text in enumerate(self.story.local_prompts):
@@ -197,13 +199,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--ablate {unknown[0]} is not known; choose from {', '.join(known)}.")
     if args.ablate and (args.method != "syncos" or args.compare):
         raise ValueError("--ablate takes parts of SynCoS away; it goes with neither another --method nor --compare.")
-    changes = [ABLATIONS.get(part, {}) for part in args.ablate]
     names = ["gen-l-video", "syncos"] if args.compare else [args.method]
-    methods: dict[str, Settings] = {n: replace(settings, **METHODS[n]) for n in names}
-    if args.ablate:
-        methods = {
-            "syncos w/o " + ", ".join(args.ablate): replace(settings, **dict(chain(*(c.items() for c in changes))))
-        }
+    methods: dict[str, Settings] = {name: replace(settings, **METHODS[name]) for name in names}
+    for part in args.ablate:
+        [(name, settings)] = methods.items()
+        methods = {f"{name} w/o {part}": replace(settings, **ABLATIONS.get(part, {}))}
 
     story = choose_story(args, recipe.scenario)
     frames = latent_frames(recipe.num_frames, recipe)

@@ -304,7 +304,7 @@ METHODS = {  # what to change in Settings to get each method of the paper's Tabl
 ABLATIONS = {  # and each ablation of Tables 2 and 3 and Figures 7 and 9
     "stage-1": dict(codenoise=False),  # below t_min nothing is left to do, so x0 stays as stage 2 left it
     "stage-2": dict(refine=False, noise="implied"),  # = Gen-L-Video
-    "stage-2-only": dict(refine=False),  # stage 2 skipped, but its baseline noise still drives stage 3
+    "stage-2-keep-noise": dict(refine=False),  # stage 2 skipped, its noise kept for stage 3
     "stage-3": dict(revert=False),
     "grounded-timestep": dict(grounded=False),
     "fixed-noise": dict(noise="fresh"),

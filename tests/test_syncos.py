@@ -379,7 +379,7 @@ def test_every_ablation_differs_from_the_full_method_and_is_finite():
         assert x.isfinite().all(), name
         assert name == "syncos" or maxdiff(x, results["syncos"]) > 1e-3, name
     assert torch.equal(results["stage-2"], results["gen-l-video"])
-    assert maxdiff(results["stage-2-only"], results["stage-2"]) > 1e-3
+    assert maxdiff(results["stage-2-keep-noise"], results["stage-2"]) > 1e-3
 
 
 def test_ablations_do_what_they_say():
