@@ -1,0 +1,235 @@
+"""Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> checkpoint.
+
+    python tiny/train.py                # everything; stop it at any time, the same command goes on where it was
+
+Work in progress is kept in tiny/work/ (not in git); the result, a pipeline in diffusers format, is tiny/checkpoint/.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from world import FRAMES, SIZE, backgrounds, caption, render, sample_motion, sample_stories, vocabulary
+
+TOKENS = 16  # text tokens a prompt, the end mark and padding included
+HERE = Path(__file__).parent
+
+
+def make_vae() -> AutoencoderKLCogVideoX:
+    """8x in space, 4x in time, 8 channels: 49 frames of 64x64 become a latent of 13 x 8 x 8 x 8."""
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(16, 32, 48, 64),
+        latent_channels=8,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_height=SIZE,
+        sample_width=SIZE,
+        scaling_factor=1.0,  # measured after training
+    )
+
+
+def make_transformer() -> CogVideoXTransformer3DModel:
+    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128: 13 x 4 x 4 = 208 tokens a window."""
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=8,
+        out_channels=8,
+        time_embed_dim=128,
+        text_embed_dim=64,
+        num_layers=6,
+        sample_width=SIZE // 8,
+        sample_height=SIZE // 8,
+        sample_frames=FRAMES,
+        max_text_seq_length=TOKENS,
+        spatial_interpolation_scale=1.0,
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the world, lower-cased; `</s>` ends a prompt; every other word is `<unk>`."""
+    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TOKENS
+    )
+
+
+def make_text_encoder() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        )
+    )
+
+
+def make_scheduler() -> CogVideoXDDIMScheduler:
+    """CogVideoX-2B's schedule but for its shift towards noise (3.0 there), which only larger latents need."""
+    return CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n random stories (n, 4), their video (n, 3, frames, SIZE, SIZE) in [-1, 1], and where the object is (0 or 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    stories = sample_stories(n, generator)
+    start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
+    video = render(stories, sample_motion(stories, generator)[:, start : start + frames])
+    mask = (video - backgrounds()[stories[:, 2]][:, None]).abs().amax(2, keepdim=True) > 0.02
+    return stories, video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
+
+
+def fit(name: str, modules: list[torch.nn.Module], loss_at, steps: int, lr: float, work: Path, ema: float):
+    """Minimise `loss_at(step)`: Muon for the matrices of transformer blocks, AdamW for all else, warm-up, cosine decay.
+
+    Leaves the running average of the weights in the modules. Saved every two minutes, resumed from its own file.
+    """
+    params = [p for m in modules for p in m.parameters()]
+    blocks = [m.transformer_blocks for m in modules if hasattr(m, "transformer_blocks")]
+    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
+    others = [p for p in params if not any(p is q for q in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    average = [p.detach().clone() for p in params]
+
+    path, start, saved = work / f"{name}.pt", 0, time.time()
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        start = state["step"]
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
+        for p, a, value, mean in zip(params, average, state["params"], state["average"]):
+            p.data.copy_(value), a.copy_(mean)
+
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10)
+    for step in bar:
+        loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+            optimizer.step()
+            optimizer.zero_grad()
+        keep = min(ema, (step + 1) / (step + 10))
+        for p, a in zip(params, average):
+            a.lerp_(p.detach(), 1 - keep)
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if time.time() - saved > 120 or step == steps - 1:
+            state = dict(step=step + 1, params=[p.detach() for p in params], average=average)
+            torch.save(state | dict(optimizers=[o.state_dict() for o in optimizers]), path.with_suffix(".new"))
+            os.replace(path.with_suffix(".new"), path)
+            saved = time.time()
+    for p, a in zip(params, average):
+        p.data.copy_(a)
+    for m in modules:
+        m.eval().requires_grad_(False)
+
+
+def train_vae(vae, steps: int, work: Path, device: str):
+    """Single frames first, then clips of 9 and 17 frames (one and two of the VAE's own pieces); the object's pixels
+    weigh more, for they are few."""
+
+    def loss_at(step):
+        frames, n = (1, 24) if step < 0.2 * steps else (9, 4) if step < 0.6 * steps else (17, 2)
+        _, video, mask = (x.to(device) for x in clips(n, frames, seed=step))
+        with torch.autocast(device, torch.bfloat16):
+            posterior = vae.encode(video).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        error = decoded - video
+        weight = 1 + 10 * mask
+        return (weight * (error.abs() + error**2)).mean() + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+
+    fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
+
+
+def encode_clips(vae, n: int, work: Path, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, and their stories (n, 4); kept in a file."""
+    path = work / "latents.pt"
+    if not path.exists():
+        latents, stories = [], []
+        for seed in tqdm(range(n // 8), desc="latents", mininterval=10):
+            story, video, _ = clips(8, FRAMES, seed=10**6 + seed)
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                latents.append(vae.encode(video.to(device)).latent_dist.mode().float().cpu())
+            stories.append(story)
+        torch.save({"latents": torch.cat(latents).transpose(1, 2).half(), "stories": torch.cat(stories)}, path)
+    state = torch.load(path, weights_only=True)
+    latents = state["latents"].float()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return latents * vae.config.scaling_factor, state["stories"]
+
+
+def train_transformer(transformer, text_encoder, tokenizer, scheduler, latents, stories, steps, work, device):
+    """v-prediction at uniform timesteps. Captions leave out the colour (40 %), the place (40 %), all of the subject
+    (10 %) or everything (10 %, for guidance)."""
+    alphas = scheduler.alphas_cumprod.float().sqrt().to(device)
+    sigmas = (1 - scheduler.alphas_cumprod.float()).sqrt().to(device)
+
+    def loss_at(step, n=24):
+        generator = torch.Generator().manual_seed(step)
+        pick = torch.randint(len(latents), (n,), generator=generator)
+        kept = torch.rand(n, 4, generator=generator) > torch.tensor([0.4, 0.4, 0.1, 0.1])
+        words = [caption(stories[i], c, b, s) if k else "" for i, (c, b, s, k) in zip(pick, kept.tolist())]
+        ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        t = torch.randint(1000, (n,), generator=generator).to(device)
+        x0 = latents[pick].to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        a, s = alphas[t].view(n, 1, 1, 1, 1), sigmas[t].view(n, 1, 1, 1, 1)
+        with torch.autocast(device, torch.bfloat16):
+            text = text_encoder(ids.to(device))[0]
+            v = transformer(a * x0 + s * noise, text, t, return_dict=False)[0].float()
+        return F.mse_loss(v, a * noise - s * x0)
+
+    fit("transformer", [transformer, text_encoder], loss_at, steps, 1.5e-3, work, ema=0.998)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae_steps", type=int, default=4000)
+    parser.add_argument("--clips", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(0)
+    vae, transformer, text_encoder = (m().to(args.device) for m in (make_vae, make_transformer, make_text_encoder))
+    tokenizer, scheduler = make_tokenizer(), make_scheduler()
+    train_vae(vae, args.vae_steps, args.work, args.device)
+    latents, stories = encode_clips(vae, args.clips, args.work, args.device)
+    train_transformer(
+        transformer, text_encoder, tokenizer, scheduler, latents, stories, args.steps, args.work, args.device
+    )
+    vae.half(), transformer.half()  # on disk; diffusers loads them as float32 unless told otherwise
+    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The tiny world: 64x64 clips of one object doing one thing in one place, captioned in plain words.
+
+    shape x colour x background x action = 4 x 5 x 4 x 5 = 400 stories, each in endless variations of position, size,
+    speed and phase. `render` draws them, `caption` describes them, `Fitter` looks at any clip and says what it shows,
+    by fitting the same renderer to it. torch only.
+
+Coordinates: x to the right, y down, both in [0, 1] of the frame's side; sizes are multiples of RADIUS.
+"""
+
+import torch
+
+SIZE, FRAMES, RADIUS, GROUND = 64, 49, 0.16, 0.90  # pixels a side; video frames a clip; object radius; y of its feet
+SHAPES = ["ball", "box", "triangle", "star"]
+COLORS = {
+    "red": (0.90, 0.16, 0.14),
+    "yellow": (1.00, 0.85, 0.15),
+    "green": (0.10, 0.62, 0.25),
+    "blue": (0.15, 0.35, 0.95),
+    "pink": (1.00, 0.50, 0.78),
+}
+BACKGROUNDS = {"meadow": "in a meadow", "desert": "in the desert", "night": "at night", "snow": "in the snow"}
+ACTIONS = {
+    "right": "It moves right.",
+    "left": "It moves left.",
+    "jump": "It jumps.",
+    "grow": "It grows.",
+    "shrink": "It shrinks.",
+}
+INK = torch.tensor([0.10, 0.08, 0.12])  # the outline
+PALETTE = torch.tensor(list(COLORS.values()))
+GRID = (torch.arange(SIZE) + 0.5) / SIZE
+
+
+def sample_stories(n: int, generator: torch.Generator) -> torch.Tensor:
+    """n random stories: long tensor (n, 4) of indices into SHAPES, COLORS, BACKGROUNDS, ACTIONS."""
+    counts = (len(SHAPES), len(COLORS), len(BACKGROUNDS), len(ACTIONS))
+    return torch.stack([torch.randint(c, (n,), generator=generator) for c in counts], 1)
+
+
+def caption(story, color: bool = True, background: bool = True, subject: bool = True) -> str:
+    """A story in words, e.g. "A red ball in the desert. It jumps."; what is left out is the model's to choose."""
+    shape, col, place, action = (int(i) for i in story)
+    noun = f"A {list(COLORS)[col]} {SHAPES[shape]}" if color else f"A {SHAPES[shape]}"
+    where = f" {list(BACKGROUNDS.values())[place]}" if background else ""
+    act = list(ACTIONS.values())[action]
+    return f"{noun}{where}. {act}" if subject else act
+
+
+def vocabulary() -> list[str]:
+    """Every word (and mark) that a caption can hold, in order of first use."""
+    words = ["a", ".", *COLORS, *SHAPES]
+    for phrase in [*BACKGROUNDS.values(), *ACTIONS.values()]:
+        words += phrase.lower().replace(".", " .").split()
+    return list(dict.fromkeys(words))
+
+
+def backgrounds() -> torch.Tensor:
+    """The four painted places: (4, 3, SIZE, SIZE) in [0, 1]."""
+    y, x = GRID[:, None].expand(SIZE, SIZE), GRID[None, :].expand(SIZE, SIZE)
+    rgb = lambda *c: torch.tensor(c)[:, None, None]  # noqa: E731
+    edge = lambda d: (d * SIZE + 0.5).clamp(0, 1)  # anti-aliased coverage of the side where d > 0  # noqa: E731
+
+    def paint(sky_top, sky_low, *layers):
+        image = rgb(*sky_top) + (rgb(*sky_low) - rgb(*sky_top)) * y
+        for coverage, color in layers:
+            image = image + (rgb(*color) - image) * edge(coverage)
+        return image
+
+    def disc(cx, cy, r):
+        return r - ((x - cx) ** 2 + (y - cy) ** 2).sqrt()
+
+    hill = lambda base, height, freq, phase: y - base + height * torch.sin(freq * x + phase)  # noqa: E731
+    peak = lambda cx, top, slope: y - top - slope * (x - cx).abs()  # noqa: E731
+    stars = [(disc(cx, cy, 0.012), (1.0, 1.0, 0.9)) for cx, cy in [(0.12, 0.2), (0.3, 0.08), (0.45, 0.3), (0.62, 0.12)]]
+    return torch.stack(
+        [
+            paint(
+                (0.45, 0.75, 1.0),
+                (0.80, 0.93, 1.0),
+                (disc(0.15, 0.16, 0.09), (1.0, 0.95, 0.60)),
+                (hill(0.62, 0.06, 6.0, 0.5), (0.55, 0.80, 0.45)),
+                (hill(0.72, 0.02, 5.0, 2.0), (0.65, 0.87, 0.42)),
+            ),
+            paint(
+                (0.98, 0.72, 0.48),
+                (1.0, 0.90, 0.70),
+                (disc(0.80, 0.22, 0.12), (1.0, 0.97, 0.85)),
+                (hill(0.60, 0.08, 5.0, 3.5), (0.85, 0.62, 0.38)),
+                (hill(0.72, 0.02, 4.0, 1.0), (0.94, 0.77, 0.50)),
+            ),
+            paint(
+                (0.04, 0.04, 0.20),
+                (0.16, 0.14, 0.42),
+                *stars,
+                (disc(0.82, 0.18, 0.10), (0.97, 0.95, 0.80)),
+                (hill(0.66, 0.05, 5.0, 5.0), (0.10, 0.16, 0.28)),
+                (hill(0.74, 0.02, 4.0, 0.0), (0.14, 0.24, 0.32)),
+            ),
+            paint(
+                (0.62, 0.70, 0.80),
+                (0.80, 0.85, 0.92),
+                (peak(0.28, 0.30, 1.1), (0.50, 0.58, 0.70)),
+                (peak(0.74, 0.40, 1.0), (0.58, 0.65, 0.76)),
+                (hill(0.70, 0.02, 5.0, 1.0), (0.96, 0.97, 1.0)),
+            ),
+        ]
+    )
+
+
+def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Where the object is in each video frame: (n, FRAMES, 3) of x, y (its centre) and size, for stories (n, 4).
+
+    Position, size, speed and phase are drawn; a movement may begin late or end early, so a clip can start or stop
+    mid-action, and what one clip ends with another can begin with.
+    """
+    n, t = len(stories), torch.arange(FRAMES)
+    draw = lambda lo, hi: lo + (hi - lo) * torch.rand(n, 1, generator=generator)  # noqa: E731
+    action = [stories[:, 3:] == i for i in range(len(ACTIONS))]
+
+    # progress of the movement from 0 to 1, with a rest before or after in some clips
+    before, after = (draw(-20, 18).clamp(min=0) for _ in range(2))
+    progress = ((t - before) / (FRAMES - 1 - before - after)).clamp(0, 1)
+
+    # x and size go from a start to an end that is far enough to be seen; the other of the two stands still
+    x_low, s_low = draw(0.18, 0.58), draw(0.65, 1.00)
+    x_high, s_high = (x_low + draw(0.24, 0.64)).clamp(max=0.82), (s_low + draw(0.40, 0.75)).clamp(max=1.45)
+    x, s = draw(0.18, 0.82).expand(n, FRAMES), draw(0.65, 1.45).expand(n, FRAMES)
+    x = torch.where(action[0], x_low + (x_high - x_low) * progress, x)
+    x = torch.where(action[1], x_high + (x_low - x_high) * progress, x)
+    s = torch.where(action[3], s_low + (s_high - s_low) * progress, s)
+    s = torch.where(action[4], s_high + (s_low - s_high) * progress, s)
+
+    period, height, phase = draw(16, 26), draw(0.24, 0.36), draw(0, 1)
+    hop = height * torch.sin(torch.pi * (t / period + phase)).abs()
+    y = GROUND - RADIUS * s - torch.where(action[2], hop, torch.zeros(()))
+    return torch.stack([x, y, s], -1)
+
+
+def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Distance from the outline of a shape of radius 1 around the origin, negative inside (y down)."""
+    if SHAPES[shape] == "ball":
+        return (x * x + y * y).sqrt() - 1.0
+    if SHAPES[shape] == "box":
+        return torch.maximum(x.abs(), y.abs()) - 0.88
+    if SHAPES[shape] == "triangle":  # feet at y = 1, apex at y = -1.2
+        return torch.maximum(y - 1.0, (x.abs() * 1.80 - y - 1.20) / 2.06)
+    angle = torch.atan2(x, -y)  # a star: five half-planes folded onto one point's edge
+    fold = (angle + torch.pi / 5).remainder(2 * torch.pi / 5) - torch.pi / 5
+    r = (x * x + y * y).sqrt()
+    px, py = r * torch.sin(fold).abs(), r * torch.cos(fold)
+    tip, inner = 1.32, 0.62  # outer and inner radius
+    ix, iy = inner * 0.5878, inner * 0.8090  # the inner corner, at 36 degrees
+    nx, ny = tip - iy, ix  # normal of the edge tip -> inner corner
+    return (px * nx + (py - tip) * ny) / (nx * nx + ny * ny) ** 0.5
+
+
+def masks(shape: int, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coverage in [0, 1] of the fill and of the outline for motion (..., 3): two tensors (..., SIZE, SIZE)."""
+    x, y, s = motion[..., None, None].unbind(-3)
+    radius = RADIUS * s
+    d = signed_distance(shape, (GRID - x) / radius, (GRID[:, None] - y) / radius) * radius * SIZE  # pixels
+    outer, inner = (0.5 - d).clamp(0, 1), (0.5 - (d + 1.6)).clamp(0, 1)
+    return inner, outer - inner
+
+
+def render(stories: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
+    """Draw: stories (n, 4), motion (n, T, 3) -> video (n, T, 3, SIZE, SIZE) in [0, 1]."""
+    places, out = backgrounds(), []
+    for (shape, color, place, _), m in zip(stories.tolist(), motion):
+        fill, line = (mask[:, None] for mask in masks(shape, m))  # T 1 H W
+        out.append(places[place] * (1 - fill - line) + PALETTE[color][:, None, None] * fill + INK[:, None, None] * line)
+    return torch.stack(out)
+
+
+class Fitter:
+    """Reads a clip by fitting the renderer to it: which story it tells, and where the object is in every frame.
+
+    At half resolution, over a grid of positions and sizes: |g - T|^2 is smallest where 2 <g, T> - |T|^2 is largest,
+    with g = frame - background and T = (color - background) fill + (ink - background) line.
+    """
+
+    def __init__(self):
+        x, s, hop = torch.meshgrid(
+            torch.linspace(0.16, 0.84, 24), torch.linspace(0.60, 1.50, 10), torch.linspace(0, 0.36, 10), indexing="ij"
+        )
+        self.grid = torch.stack([x, GROUND - RADIUS * s - hop, s], -1).view(-1, 3)  # G 3
+        self.places = self.half(backgrounds())  # 4 3 P
+        fills, lines = zip(*(masks(shape, self.grid) for shape in range(len(SHAPES))))  # G H W each
+        self.fill, self.line = (self.half(torch.stack(m)) for m in (fills, lines))  # 4 G P
+
+    @staticmethod
+    def half(images: torch.Tensor) -> torch.Tensor:
+        """... H W -> ... (H/2 W/2)"""
+        return images.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2)).mean((-3, -1)).flatten(-2)
+
+    def __call__(self, video: torch.Tensor) -> tuple[tuple[int, int, int, int], torch.Tensor]:
+        """Video (T, 3, SIZE, SIZE) in [0, 1] -> its story (see sample_stories; action -1: none) and motion (T, 3)."""
+        frames = self.half(video)  # T 3 P
+        place = (frames[None] - self.places[:, None]).abs().clamp(max=0.3).mean((1, 2, 3)).argmin().item()
+        b = self.places[place]  # 3 P
+        best = None
+        for color, c in enumerate(PALETTE):
+            fill, line = c[:, None] - b, INK[:, None] - b  # 3 P each: what a covered pixel adds
+            g_fill, g_line = ((frames - b) * fill).sum(1), ((frames - b) * line).sum(1)  # T P
+            for shape in range(len(SHAPES)):
+                f, n = self.fill[shape], self.line[shape]  # G P
+                norm = f**2 @ (fill**2).sum(0) + n**2 @ (line**2).sum(0) + 2 * (f * n) @ (fill * line).sum(0)  # G
+                gain, where = (2 * (g_fill @ f.T + g_line @ n.T) - norm).max(1)  # T
+                if best is None or gain.sum() > best[0]:
+                    best = gain.sum(), shape, color, self.grid[where]
+        _, shape, color, motion = best
+        return (shape, color, place, self.action(motion)), motion
+
+    @staticmethod
+    def action(motion: torch.Tensor) -> int:
+        """The action that a motion (T, 3) shows most clearly, -1 if none does; against the least change of each."""
+        x, y, s = motion.unbind(-1)
+        third = max(1, len(motion) // 3)
+        dx, ds = (v[-third:].mean() - v[:third].mean() for v in (x, s))
+        hop = (y + RADIUS * s).std()
+        scores = torch.stack([dx, -dx, hop, ds, -ds]) / torch.tensor([0.16, 0.16, 0.07, 0.27, 0.27])
+        return scores.argmax().item() if scores.max() > 0.4 else -1
