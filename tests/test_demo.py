@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -36,12 +35,10 @@ def frames_of(path):
     return np.stack([frame for frame in imageio.get_reader(path)])  # list() would ask for an endless length
 
 
-def test_help_is_instant_and_imports_no_torch():
-    start = time.time()
+def test_help_names_everything_and_imports_no_torch():
     done = subprocess.run([sys.executable, ROOT / "demo.py", "--help"], capture_output=True, text=True, check=True)
-    assert time.time() - start < 1.0
-    for name in [*RECIPES, *syncos.METHODS, *syncos.ABLATIONS, "structured-prompt"]:
-        assert name in done.stdout
+    text = re.sub(r"\s", "", done.stdout)  # argparse breaks lines at hyphens
+    assert all(name in text for name in [*RECIPES, *syncos.METHODS, *syncos.ABLATIONS, "structured-prompt"])
     code = "import sys, demo\ntry: demo.main(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
@@ -94,6 +91,21 @@ def test_methods_and_ablations_run(base, tmp_path, capsys, extra):
     call(*base, *extra)
     assert (tmp_path / "video.mp4").exists()
     assert ("syncos w/o" in capsys.readouterr().out) == (extra[0] == "--ablate")
+
+
+def test_the_embedded_model_is_the_default(tmp_path, capsys):
+    call(
+        "--num_frames",
+        57,
+        "--num_inference_steps",
+        3,
+        "--prompt",
+        "A ball. It jumps.",
+        "--output_path",
+        tmp_path / "a.gif",
+    )
+    assert len(frames_of(tmp_path / "a.gif")) == 57
+    assert "57 frames at 16 fps = 15 latent frames: 2 windows of 13, stride 4" in capsys.readouterr().out
 
 
 def test_plan_stops_before_loading(base, tmp_path, capsys, monkeypatch):

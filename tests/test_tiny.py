@@ -1,0 +1,123 @@
+"""The tiny world and its checkpoint: the renderer, the fit that reads it back, and the model that was trained on it."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file
+
+import world as W
+from backbones import RECIPES, get_recipe
+from measure import video_of
+from syncos import implied_noise, revert
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "tiny" / "checkpoint"
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    recipe = get_recipe("tiny")
+    return recipe.backbone(recipe.model)
+
+
+def test_the_fit_reads_the_renderer_back():
+    """Clips with noise of 5 %: story and motion are found again."""
+    stories = W.sample_stories(12, rng(1))
+    motion = W.sample_motion(stories, rng(2))
+    video = W.render(stories, motion)
+    assert video.min() >= 0 and video.max() <= 1
+    fitter = W.Fitter()
+    for story, moved, clip in zip(stories.tolist(), motion, video):
+        noisy = (clip[::4] + 0.05 * torch.randn(clip[::4].shape, generator=rng())).clamp(0, 1)
+        found, fitted = fitter(noisy)
+        assert found == tuple(story)
+        assert (fitted - moved[::4]).abs().mean() < 0.04
+
+
+def test_objects_stay_in_the_picture_and_actions_are_what_they_say():
+    stories = W.sample_stories(400, rng())
+    motion = W.sample_motion(stories, rng())
+    x, y, s = motion.unbind(-1)
+    assert (x - 1.4 * W.RADIUS * s > -0.15).all() and (x + 1.4 * W.RADIUS * s < 1.15).all() and (y < W.GROUND).all()
+    for action, value in enumerate([x, -x, None, s, -s]):
+        if value is not None:
+            mine = value[stories[:, 3] == action]
+            assert (mine[:, -1] - mine[:, 0] > 0.2).all() and (mine.diff(dim=1) > -1e-6).all()
+    hop = (W.GROUND - W.RADIUS * s - y)[stories[:, 3] == 2]
+    assert (hop.amax(1) > 0.2).all() and (hop >= -1e-6).all()
+
+
+def test_captions_leave_out_what_they_are_told_to():
+    story = [0, 0, 1, 2]
+    assert W.caption(story) == "A red ball in the desert. It jumps."
+    assert W.caption(story, color=False) == "A ball in the desert. It jumps."
+    assert W.caption(story, background=False) == "A red ball. It jumps."
+    assert W.caption(story, subject=False) == "It jumps."
+    words = set(" ".join(W.caption(s) for s in W.sample_stories(500, rng())).lower().replace(".", " . ").split())
+    assert words == set(W.vocabulary())
+
+
+def test_checkpoint_is_a_complete_small_pipeline():
+    files = [p for p in CHECKPOINT.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 12e6
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    assert sum(v.numel() for p in files if p.suffix == ".safetensors" for v in load_file(p).values()) > 3e6
+    pipe = CogVideoXPipeline.from_pretrained(CHECKPOINT)
+    assert all(f"{w}" in pipe.tokenizer.get_vocab() for w in W.vocabulary())
+    result = pipe(
+        "A red ball in the desert. It jumps.", num_inference_steps=2, max_sequence_length=16, output_type="np"
+    )
+    assert result.frames[0].shape == (49, 64, 64, 3)
+
+
+def test_recipe_is_the_checkpoints(backbone):
+    measured = get_recipe("tiny")
+    written = RECIPES["tiny"]
+    assert (measured.window, measured.latent) == (written.window, written.latent)
+    own = backbone.pipe.scheduler.config
+    assert all(own[k] == v for k, v in written.scheduler.items())
+
+
+def test_unknown_words_get_one_warning(backbone):
+    with pytest.warns(UserWarning) as caught:
+        backbone.encode(["A red dragon. It flies.", "A Red BALL. It flies."])
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "does not know dragon, flies;" in text and "it knows" in text and "meadow" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.encode(["A Red BALL. It jumps."])
+
+
+def test_single_clips_are_where_they_are_told_to_be(backbone):
+    """Four clips in 20 steps, one in each place (tiny/measure.py does 200 in 50, and looks at the objects too)."""
+    stories = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]])
+    captions = [W.caption(s) for s in stories]
+    backbone.encode(captions)
+    levels = backbone.levels(20)
+    x = torch.randn(4, 13, 8, 8, 8, generator=rng())
+    for level, prev in zip(levels, levels[1:]):
+        x0 = backbone.predict_x0(x, level.t, captions)
+        x = revert(x0, implied_noise(x, x0, level), prev)
+    fitter = W.Fitter()
+    found = [fitter(video_of(backbone, z)[::4])[0] for z in x]
+    assert [place for _, _, place, _ in found] == stories[:, 2].tolist()
+
+
+def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):
+    command = [sys.executable, ROOT / "tiny" / "train.py", "--clips", "8", "--work", tmp_path / "work"]
+    command += ["--output", tmp_path / "checkpoint", "--steps", "2", "--vae_steps"]
+    for steps in (1, 2):
+        subprocess.run([*command, str(steps)], check=True, capture_output=True)
+        assert torch.load(tmp_path / "work" / "vae.pt", weights_only=True)["step"] == steps
+    pipe = CogVideoXPipeline.from_pretrained(tmp_path / "checkpoint")
+    assert pipe.vae.config.scaling_factor != 1.0 and pipe.transformer.config.sample_frames == 49
