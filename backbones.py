@@ -275,17 +275,13 @@ RECIPES = {
         dtype="float16",
         scenario="corgi",
     ),
-    "cogvideox-5b": Recipe(
-        backbone=CogVideoX,
-        model="zai-org/CogVideoX-5b",
-        window=13,
-        latent=(16, 60, 90),
-        scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=1.0),
-        settings=Settings(stride=4),
-        dtype="bfloat16",
-        scenario="corgi",
-    ),
 }
+RECIPES["cogvideox-5b"] = replace(
+    RECIPES["cogvideox"],
+    model="zai-org/CogVideoX-5b",
+    scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=1.0),
+    dtype="bfloat16",
+)
 
 
 def get_recipe(name: str, model: str | None = None) -> Recipe:
