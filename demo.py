@@ -87,7 +87,7 @@ class Plan:
     dtype: Any
     seed: int
 
-    def evaluations(self, levels) -> dict[str, int]:
+    def evaluations(self, levels: list) -> dict[str, int]:
         from syncos import count_evaluations
 
         return {name: count_evaluations(levels, self.windows, s) for name, s in self.methods.items()}
@@ -166,7 +166,7 @@ def check_output(path: Path) -> None:
         raise ValueError(f"{path} cannot be written; name another --output_path.")
 
 
-def latent_frames(num_frames: int, recipe) -> int:
+def latent_frames(num_frames: int, recipe: Any) -> int:
     """Latent frames of `num_frames` video frames; a causal VAE wants an odd number of them. Raises ValueError."""
     c = recipe.frames_per_latent
     frames = (num_frames - 1) // c + 1
@@ -217,7 +217,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 # The run
 
 
-def sample(plan: Plan, backbone) -> dict[str, Any]:
+def sample(plan: Plan, backbone: Any) -> dict[str, Any]:
     """Latents of each method, F x C x H x W, all from the same initial noise."""
     import torch
     from tqdm import tqdm
@@ -321,7 +321,7 @@ def contact_sheet(path: Path, picked: dict[str, dict[int, Any]], rows: list[tupl
     os.replace(partial, path)
 
 
-def show(path: Path, backbone, latents: dict[str, Any], about: dict[str, Any], fps: int) -> None:
+def show(path: Path, backbone: Any, latents: dict[str, Any], about: dict[str, Any], fps: int) -> None:
     """Decode, frame by frame, into the video (methods side by side) and the contact sheet beside it."""
     import numpy as np
     from tqdm import tqdm
@@ -346,11 +346,12 @@ def show(path: Path, backbone, latents: dict[str, Any], about: dict[str, Any], f
     print(f"Wrote {path} and {path.with_suffix('.png')}")
 
 
-def load(args: argparse.Namespace, recipe, device: str, dtype, **options):
+def load(args: argparse.Namespace, recipe: Any, device: str, dtype: Any, **options: Any) -> Any:
+    """The backbone, with its weights. Raises ValueError if there are none to be had."""
     return recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling, **options)
 
 
-def run(args: argparse.Namespace, plan: Plan, backbone) -> None:
+def run(args: argparse.Namespace, plan: Plan, backbone: Any) -> None:
     """Encode, sample, save, show. The latents are on disk before decoding starts."""
     backbone.encode(plan.prompts)
     backbone.release_text_encoder()

@@ -168,7 +168,7 @@ def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     B = len(x)
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # B B, exact for near windows
     off_diagonal = d2[~torch.eye(B, dtype=torch.bool, device=x.device)]
-    h = off_diagonal.median() / torch.tensor(B + 1.0).log() if B > 1 else d2[0, 0]
+    h = off_diagonal.median() / torch.tensor(B + 1.0).log() if B > 1 else d2[0, 0]  # B = 1: 0
     if h == 0:
         return (d2 == 0).to(x), torch.zeros_like(x)
     K = torch.exp(-d2 / h)

@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -102,7 +103,15 @@ def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, t
     return stories, video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
 
 
-def fit(name: str, modules: list[torch.nn.Module], loss_at, steps: int, lr: float, work: Path, ema: float):
+def fit(
+    name: str,
+    modules: list[torch.nn.Module],
+    loss_at: Callable[[int], torch.Tensor],
+    steps: int,
+    lr: float,
+    work: Path,
+    ema: float,
+) -> None:
     """Minimise `loss_at(step)`: Muon for the matrices of transformer blocks, AdamW for all else, warm-up, cosine decay.
 
     Leaves the running average of the weights in the modules. Saved every two minutes, resumed from its own file.
@@ -150,7 +159,7 @@ def fit(name: str, modules: list[torch.nn.Module], loss_at, steps: int, lr: floa
         m.eval().requires_grad_(False)
 
 
-def train_vae(vae, steps: int, work: Path, device: str):
+def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) -> None:
     """Single frames first, then clips of 9 and 17 frames (one and two of the VAE's own pieces); the object's pixels
     weigh more, for they are few."""
 
@@ -167,7 +176,7 @@ def train_vae(vae, steps: int, work: Path, device: str):
     fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
 
 
-def encode_clips(vae, n: int, work: Path, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, and their stories (n, 4); kept in a file."""
     path = work / "latents.pt"
     if not path.exists():
@@ -184,7 +193,17 @@ def encode_clips(vae, n: int, work: Path, device: str) -> tuple[torch.Tensor, to
     return latents * vae.config.scaling_factor, state["stories"]
 
 
-def train_transformer(transformer, text_encoder, tokenizer, scheduler, latents, stories, steps, work, device):
+def train_transformer(
+    transformer: CogVideoXTransformer3DModel,
+    text_encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    scheduler: CogVideoXDDIMScheduler,
+    latents: torch.Tensor,
+    stories: torch.Tensor,
+    steps: int,
+    work: Path,
+    device: str,
+) -> None:
     """v-prediction at uniform timesteps. Captions leave out the colour (40 %), the place (40 %), all of the subject
     (10 %) or everything (10 %, for guidance)."""
     alphas = scheduler.alphas_cumprod.float().sqrt().to(device)
@@ -208,7 +227,7 @@ def train_transformer(transformer, text_encoder, tokenizer, scheduler, latents, 
     fit("transformer", [transformer, text_encoder], loss_at, steps, 1.5e-3, work, ema=0.998)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--clips", type=int, default=4096)
