@@ -43,6 +43,7 @@ def in_batches(predict_x0: PredictX0, size: int | None, done: Callable[[int], An
 class Backbone:
     """What every model shares: the prompt cache, classifier-free guidance, precision, the conversion to x0."""
 
+    pipe: Any  # of diffusers: the models, their placement and offload
     prediction: str  # "v_prediction", "epsilon" or "flow"
     negative_prompt = ""
     scheduler: Mapping
@@ -58,12 +59,33 @@ class Backbone:
         self.at = {level.t: level for level in levels[:-1]}
         return levels
 
+    def place(self, offload: str) -> None:
+        """The pipeline's models to the device, at once or, by diffusers' own hooks, when they are called: a whole one
+        at a time ("model") or layer by layer ("sequential")."""
+        if offload == "none":
+            self.pipe.to(self.device)
+        elif offload == "model":
+            self.pipe.enable_model_cpu_offload(device=self.device)
+        else:
+            self.pipe.enable_sequential_cpu_offload(device=self.device)
+
+    @staticmethod
+    def resize(recipe: "Recipe", height: int, width: int, frames: int) -> "Recipe":
+        """The recipe for base clips of another size: pixels, video frames. Raises ValueError if the model has none."""
+        raise ValueError("--height, --width and --window_frames are for opensora-plan; other models have one size.")
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
         """Encode each distinct prompt once. Until the text encoder is released, more can be added."""
         for text in dict.fromkeys([self.negative_prompt, *prompts]):
             if text not in self.texts:
                 self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(text))
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoder's memory, about 10 GB with the big models. `encode` cannot be called after this."""
+        self.pipe.text_encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
@@ -113,12 +135,7 @@ class CogVideoX(Backbone):
         self.scheduler, self.prediction = self.pipe.scheduler.config, self.pipe.scheduler.config.prediction_type
         if tiling:
             self.pipe.vae.enable_tiling()
-        if offload == "none":
-            self.pipe.to(device)
-        else:
-            {"model": self.pipe.enable_model_cpu_offload, "sequential": self.pipe.enable_sequential_cpu_offload}[
-                offload
-            ](device=device)
+        self.place(offload)
         self.rotary = None
         if not decoder_only and self.pipe.transformer.config.use_rotary_positional_embeddings:
             c, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
@@ -162,12 +179,6 @@ class CogVideoX(Backbone):
         embedding, _ = self.pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
         return (embedding[0],)  # L D
 
-    def release_text_encoder(self) -> None:
-        """Free the text encoder's memory (T5-XXL: 9.5 GB in 16 bit). `encode` cannot be called after this."""
-        self.pipe.text_encoder = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def denoise(self, x: Tensor, t: float, text: Tensor) -> Tensor:
         timestep = torch.full((len(x),), t, device=self.device)
         return self.pipe.transformer(x, text, timestep, image_rotary_emb=self.rotary, return_dict=False)[0]
@@ -197,8 +208,12 @@ class CogVideoX(Backbone):
                 video = vae.decode(piece, return_dict=False)[0]  # 1 3 n H W
             finally:
                 vae.decoder.forward = forward
-            frames = (video[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-            yield from frames.permute(1, 2, 3, 0).cpu().numpy()  # n H W 3
+            yield from to_uint8(video[0])
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """3 n H W about [-1, 1] -> n H W 3."""
+    return (video.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 class Tiny(CogVideoX):
@@ -215,6 +230,91 @@ class Tiny(CogVideoX):
                 f"The tiny model does not know {', '.join(unknown)}; it knows {', '.join(known)}.", stacklevel=2
             )
         super().encode(prompts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Open-Sora Plan v1.3
+
+
+class OpenSoraPlan(Backbone):
+    """Open-Sora Plan v1.3, by hub id or from a folder laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
+
+    The text encoder is google/mt5-xxl's, or the folder's own if it has an mt5-xxl/. Raises ValueError if something
+    cannot be loaded. Options as for CogVideoX, but for tiling, which there is not.
+    """
+
+    prediction = "v_prediction"
+    positive = "high quality, high aesthetic, {}"  # the authors' templates; tokens are the same without line breaks
+    negative_prompt = (
+        "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
+        "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+    )
+    text_length = 512
+
+    def __init__(
+        self,
+        model: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        guidance_scale: float = 7.5,
+        offload: str = "none",
+        tiling: bool = False,
+        decoder_only: bool = False,
+    ):
+        from opensora_plan import OpenSoraPlanPipeline
+
+        super().__init__(device, dtype, guidance_scale)
+        self.scheduler = OPENSORA_PLAN_SCHEDULER
+        if tiling:
+            raise ValueError("--vae_tiling is not there for Open-Sora Plan, whose decoder streams; leave it out.")
+        self.pipe = OpenSoraPlanPipeline.load(model, dtype, decoder_only)
+        self.place(offload)
+
+    @staticmethod
+    def measure(model: str) -> dict[str, Any]:
+        """Window (latent frames) and latent shape (C, H, W) of a model, from its configuration."""
+        from opensora_plan import TRANSFORMER, OpenSoraT2V_v1_3
+
+        try:
+            c = OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER)
+        except OSError as error:
+            raise ValueError(f"{model} is no Open-Sora Plan v1.3: it has no {TRANSFORMER}/config.json.") from error
+        height, width = np.min(c["sample_size_h"]), np.max(c["sample_size_w"])  # a number, or the training's range
+        return dict(window=c["sample_size_t"], latent=(c["in_channels"], int(height), int(width)))
+
+    @staticmethod
+    def resize(recipe: "Recipe", height: int, width: int, frames: int) -> "Recipe":
+        if height % 32 or width % 32:
+            raise ValueError(f"--height and --width must be multiples of 32, got {height} and {width}.")
+        if frames not in (29, 45, 61, 77, 93):
+            raise ValueError(f"--window_frames must be 29, 45, 61, 77 or 93, got {frames}.")
+        return replace(recipe, window=(frames - 1) // 4 + 1, latent=(recipe.latent[0], height // 8, width // 8))
+
+    @staticmethod
+    def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
+        """DDIM with trailing spacing, from pure noise; the authors sample with EulerAncestral, the paper with DDIM."""
+        from diffusers import DDIMScheduler
+
+        ddim = DDIMScheduler(**scheduler)
+        ddim.set_timesteps(steps)
+        return diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
+
+    def encode_text(self, text: str) -> tuple[Tensor, Tensor]:
+        text = text if text == self.negative_prompt else self.positive.format(text)
+        tokens = self.pipe.tokenizer(
+            text, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        output = self.pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+        return output.last_hidden_state[0].to(self.dtype), tokens.attention_mask[0].bool()  # L D, L
+
+    def denoise(self, x: Tensor, t: float, text: Tensor, mask: Tensor) -> Tensor:
+        timestep = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
+        return self.pipe.transformer(x, timestep, text, mask)
+
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time."""
+        for video in self.pipe.vae.decode(latents.transpose(0, 1)[None].to(self.device, self.dtype)):
+            yield from to_uint8(video[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,6 +335,7 @@ class Recipe:
     scenario: str  # of prompts.SCENARIOS
     num_frames: int = 193  # video frames: 49 latent frames, 4x the base clip
     frames_per_latent: int = 4  # temporal compression
+    frames_step: int = 8  # num_frames - 1 is a multiple: CogVideoX's VAE wants an odd number of latent frames
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     fps: int = 8
@@ -249,6 +350,10 @@ COGVIDEOX_SCHEDULER = dict(
     prediction_type="v_prediction",
     rescale_betas_zero_snr=True,
     set_alpha_to_one=True,
+)
+
+OPENSORA_PLAN_SCHEDULER = dict(
+    prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
 )
 
 RECIPES = {
@@ -276,6 +381,20 @@ RECIPES = {
         scenario="corgi",
     ),
 }
+RECIPES["opensora-plan"] = Recipe(
+    backbone=OpenSoraPlan,
+    model="LanguageBind/Open-Sora-Plan-v1.3.0",
+    window=24,
+    latent=(8, 44, 80),
+    scheduler=OPENSORA_PLAN_SCHEDULER,
+    settings=Settings(stride=6),
+    dtype="float16",
+    scenario="corgi",
+    num_frames=357,  # 90 latent frames, the paper's 20 s
+    frames_step=4,
+    guidance_scale=7.5,
+    fps=18,
+)
 RECIPES["cogvideox-5b"] = replace(
     RECIPES["cogvideox"],
     model="zai-org/CogVideoX-5b",

@@ -27,13 +27,15 @@ def make_parser() -> argparse.ArgumentParser:
     own = "(default: the backbone's)"
 
     group = parser.add_argument_group("model")
-    group.add_argument("--backbone", default="tiny", help="tiny, cogvideox or cogvideox-5b (default: tiny)")
+    group.add_argument("--backbone", default="tiny", help="tiny (default), cogvideox, cogvideox-5b or opensora-plan")
     group.add_argument("--model", help=f"hub id or folder of a pipeline in diffusers format {own}")
     group.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     group.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=f"{own}; float32 on a CPU")
     group.add_argument("--offload", choices=["none", "model", "sequential"], default="none",
                        help="keep parts of the model off the GPU: less memory, slower (default: none)")  # fmt: skip
     group.add_argument("--window_batch", type=int, help=f"most windows that go through the model at once {own}")
+    for name, unit in dict(height="pixels", width="pixels", window_frames="video frames").items():
+        group.add_argument(f"--{name}", type=int, help=f"of the base clip, in {unit}; opensora-plan only {own}")
     group.add_argument("--vae_tiling", action="store_true", help="decode in spatial tiles: less memory, slower")
 
     group = parser.add_argument_group("story (one of; default: the backbone's scenario)")
@@ -167,16 +169,16 @@ def check_output(path: Path) -> None:
 
 
 def latent_frames(num_frames: int, recipe: Any) -> int:
-    """Latent frames of `num_frames` video frames; a causal VAE wants an odd number of them. Raises ValueError."""
-    c = recipe.frames_per_latent
-    frames = (num_frames - 1) // c + 1
-    if (num_frames - 1) % (2 * c) or frames < recipe.window:
-        nearest = max(2 * c * round((num_frames - 1) / (2 * c)), (recipe.window - 1) * c) + 1
+    """Latent frames of `num_frames` video frames. Raises ValueError if the model cannot make so many."""
+    c, step = recipe.frames_per_latent, recipe.frames_step
+    least = -(-(recipe.window - 1) * c // step) * step + 1
+    if (num_frames - 1) % step or num_frames < least:
+        nearest = max(step * round((num_frames - 1) / step) + 1, least)
         raise ValueError(
-            f"--num_frames {num_frames} fits no window plan: it must be {2 * c} n + 1 and at least "
-            f"{(recipe.window - 1) * c + 1}; the nearest is {nearest}."
+            f"--num_frames {num_frames} fits no window plan: it must be {step} n + 1 and at least {least}; the nearest "
+            f"is {nearest}."
         )
-    return frames
+    return (num_frames - 1) // c + 1
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -191,6 +193,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     recipe, device, dtype = choose_recipe(args, args.backbone, args.model)
     given = {k: v for k, v in vars(args).items() if v is not None}
     pick = lambda *names: {k: given[k] for k in names if k in given}  # noqa: E731
+    if size := pick("height", "width", "window_frames"):
+        c, (_, h, w) = recipe.frames_per_latent, recipe.latent
+        own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
+        recipe = recipe.backbone.resize(recipe, *(own | size).values())
     settings = replace(recipe.settings, **pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min"))
     recipe = replace(recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch"))
 

@@ -10,16 +10,18 @@ torch.set_num_threads(1)  # the tensors are tiny; more threads only get in each 
 WORDS = "a red fox it runs jumps sleeps and looks around .".split()
 
 
-def make_pipeline(rotary: bool) -> CogVideoXPipeline:
-    torch.manual_seed(0)
+def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_pipeline(rotary: bool) -> CogVideoXPipeline:
+    torch.manual_seed(0)
     pipe = CogVideoXPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
+        tokenizer=make_tokenizer(),
         text_encoder=T5EncoderModel(T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
         vae=AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,

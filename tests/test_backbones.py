@@ -159,11 +159,12 @@ def test_recipes_are_the_released_models(name):
     windows = make_windows(
         (recipe.num_frames - 1) // recipe.frames_per_latent + 1, recipe.window, recipe.settings.stride
     )
-    assert len(levels) == 51 and len(windows) == 10
+    assert len(levels) == 51 and len(windows) == (12 if name == "opensora-plan" else 10)
     assert levels[0] == (999, 0.0, 1.0) and levels[-1] == (-1, 1.0, 0.0)
-    ddim = CogVideoXDDIMScheduler.from_config(dict(recipe.scheduler))
-    assert ddim.alphas_cumprod.dtype == torch.float64
-    assert levels[1].alpha ** 2 == pytest.approx(float(ddim.alphas_cumprod[979]), rel=1e-9)
+    if name != "opensora-plan":  # see test_opensora_plan.py
+        ddim = CogVideoXDDIMScheduler.from_config(dict(recipe.scheduler))
+        assert ddim.alphas_cumprod.dtype == torch.float64
+        assert levels[1].alpha ** 2 == pytest.approx(float(ddim.alphas_cumprod[979]), rel=1e-9)
 
 
 def test_the_base_class_serves_other_kinds_of_models():
