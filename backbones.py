@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from syncos import Level, PredictX0, Settings, diffusion_levels, to_x0
@@ -36,6 +37,25 @@ def in_batches(predict_x0: PredictX0, size: int | None, done: Callable[[int], An
             out.append(predict_x0(latents[i : i + step], t, prompts[i : i + step]))
             done(len(out[-1]))
         return torch.cat(out)
+
+    return predict
+
+
+def across_processes(predict_x0: PredictX0) -> PredictX0:
+    """`predict_x0` with the windows shared out evenly among the processes of torch.distributed; all get all results."""
+
+    def predict(latents: Tensor, t: float, prompts: list[str]) -> Tensor:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        shares = [list(range(len(prompts)))[r::world] for r in range(world)]
+        out = torch.zeros(len(shares[0]), *latents.shape[1:], device=latents.device)  # rank 0 has the most
+        if mine := shares[rank]:
+            out[: len(mine)] = predict_x0(latents[mine], t, [prompts[i] for i in mine])
+        parts = [torch.empty_like(out) for _ in range(world)]
+        dist.all_gather(parts, out)
+        whole = torch.empty_like(latents)
+        for share, part in zip(shares, parts):
+            whole[share] = part[: len(share)]
+        return whole
 
     return predict
 

@@ -9,12 +9,13 @@ Writes the video and, beside it, a contact sheet (PNG) with each event's prompt 
 """
 
 import argparse
+import atexit
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--save_latents", action="store_true", help="keep the latents (.safetensors beside the video)")
     group.add_argument("--decode", type=Path, metavar="FILE", help="decode saved latents; no sampling")
     group.add_argument("--plan", action="store_true", help="print the plan and stop")
+
+    group = parser.add_argument_group("long runs (torchrun --nproc_per_node N demo.py ... uses several GPUs)")
+    group.add_argument("--state", type=Path, metavar="FILE", help="save the state of the run, to go on after a stop "
+                       "(default: only if stopped by Ctrl-C or a lack of memory)")  # fmt: skip
+    group.add_argument("--save_every", type=int, default=1, metavar="K", help="save it every K steps (default: 1)")
+    group.add_argument("--resume", type=Path, metavar="FILE", help="go on where FILE was saved, with the same options")
+    group.add_argument("--preview", type=int, metavar="K", help="a picture of the estimate so far every K steps")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model: minutes at first, then faster")
     return parser
 
 
@@ -93,6 +102,14 @@ class Plan:
         from syncos import count_evaluations
 
         return {name: count_evaluations(levels, self.windows, s) for name, s in self.methods.items()}
+
+    def about(self) -> dict[str, Any]:
+        """Everything that shapes the latents, as JSON has it."""
+        r = self.recipe
+        about = dict(model=r.model, dtype=str(self.dtype), seed=self.seed, frames=self.frames, window=r.window)
+        about |= dict(latent=r.latent, steps=r.num_inference_steps, guidance_scale=r.guidance_scale)
+        about |= dict(prompts=self.prompts, methods={name: asdict(s) for name, s in self.methods.items()})
+        return json.loads(json.dumps(about))
 
     def describe(self) -> str:
         r = self.recipe
@@ -159,13 +176,13 @@ def choose_recipe(args: argparse.Namespace, backbone: str, model: str | None) ->
     return recipe, device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
 
 
-def check_output(path: Path) -> None:
-    if path.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"--output_path must end in .mp4 or .gif, got {path}.")
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"The folder of {path} does not exist; make it first.")
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written; name another --output_path.")
+        raise ValueError(f"{path} cannot be written; name another file.")
 
 
 def latent_frames(num_frames: int, recipe: Any) -> int:
@@ -183,7 +200,9 @@ def latent_frames(num_frames: int, recipe: Any) -> int:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything and plan the run. Raises ValueError, one sentence that says what is wrong and what to do."""
-    for name, low in dict(num_inference_steps=1, window_batch=1, fps=1, guidance_scale=0, seed=0).items():
+    for name, low in dict(
+        num_inference_steps=1, window_batch=1, fps=1, guidance_scale=0, seed=0, save_every=1, preview=1
+    ).items():
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ValueError(f"--{name} must be at least {low}, got {value}.")
@@ -223,44 +242,100 @@ def make_plan(args: argparse.Namespace) -> Plan:
 # The run
 
 
-def sample(plan: Plan, backbone: Any) -> dict[str, Any]:
-    """Latents of each method, F x C x H x W, all from the same initial noise."""
-    import torch
-    from tqdm import tqdm
-
-    from backbones import in_batches
-    from syncos import syncos
-
-    levels, latents = backbone.levels(plan.recipe.num_inference_steps), {}
-    counts = plan.evaluations(levels)
-    for name, settings in plan.methods.items():
-        generator = torch.Generator().manual_seed(plan.seed)
-        noise = torch.randn(plan.frames, *plan.recipe.latent, generator=generator).to(plan.device)
-        with tqdm(total=counts[name], desc=name, unit="window", smoothing=0.05) as bar:
-            predict_x0 = in_batches(backbone.predict_x0, plan.recipe.window_batch, bar.update)
-            latents[name] = syncos(predict_x0, noise, levels, plan.windows, plan.prompts, settings, generator).cpu()
-    return latents
-
-
-def write_latents(path: Path, latents: dict[str, Any], about: dict[str, Any]) -> None:
-    """Safetensors, F x C x H x W for each method; `about` says how to decode them. Written whole or not at all."""
+def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
+    """Safetensors with `about` in its metadata. Written whole or not at all."""
     from safetensors.torch import save_file
 
     partial = path.with_name(path.name + ".partial")
-    save_file(latents, partial, metadata={"syncos": json.dumps(about)})
+    save_file(tensors, partial, metadata={"syncos": json.dumps(about | dict(what=what, names=list(tensors)))})
     os.replace(partial, path)
 
 
-def read_latents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_latents` wrote. Raises ValueError if the file is missing or something else."""
+def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_tensors` wrote. Raises ValueError if the file is missing, damaged or something else."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["syncos"])
-            return {name: file.get_tensor(name) for name in about["methods"]}, about
+            if about["what"] != what:
+                raise KeyError(what)
+            return {name: file.get_tensor(name) for name in about["names"]}, about
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} holds no latents that this program saved ({type(error).__name__}).") from None
+        raise ValueError(f"{path} holds no {what} that this program saved ({type(error).__name__}).") from None
+
+
+@dataclass
+class State:
+    """Where a run stands; sampling goes on from it bit for bit."""
+
+    about: dict[str, Any]  # Plan.about
+    done: dict[str, Any] = field(default_factory=dict)  # latents of the methods that are finished
+    step: int = 0  # steps done of the next one, and what it then had: latents, x0, generator
+    now: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        tensors = {f"done {k}": v for k, v in self.done.items()} | {f"now {k}": v for k, v in self.now.items()}
+        write_tensors(path, "state", tensors, dict(step=self.step, about=self.about))
+
+    @classmethod
+    def read(cls, path: Path, about: dict[str, Any]) -> "State":
+        """Raises ValueError if the file is not the state of a run like `about`."""
+        tensors, saved = read_tensors(path, "state")
+        for key, value in about.items():
+            if saved["about"].get(key) != value:
+                raise ValueError(
+                    f"{path} is of another run: {key} was {saved['about'].get(key)} there and is {value} here."
+                )
+        part = lambda kind: {k.split(" ", 1)[1]: v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
+        return cls(about, part("done "), saved["step"], part("now "))
+
+
+def sample(
+    plan: Plan, backbone: Any, state: State, path: Path | None = None, save_every: int = 1, look: Callable | None = None
+) -> dict[str, Any]:
+    """Latents of each method, F x C x H x W, all from the same initial noise.
+
+    Goes on from `state` and keeps it up to date, in `path` too if there is one; look(method, step, x0) after each step.
+    """
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from backbones import across_processes, in_batches
+    from syncos import count_evaluations, syncos
+
+    levels = backbone.levels(plan.recipe.num_inference_steps)
+    counts = plan.evaluations(levels)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    predict = across_processes(backbone.predict_x0) if world > 1 else backbone.predict_x0
+    batch = plan.recipe.window_batch and plan.recipe.window_batch * world
+
+    for name, settings in plan.methods.items():
+        if name in state.done:
+            continue
+        generator = torch.Generator().manual_seed(plan.seed)
+        latents, x0 = torch.randn(plan.frames, *plan.recipe.latent, generator=generator), None
+        if state.step:
+            latents, x0 = state.now["latents"], state.now["x0"].to(plan.device)
+            generator.set_state(state.now["generator"])
+
+        def keep(step, t, x0, latents, name=name, generator=generator):
+            now = dict(latents=latents.cpu(), x0=x0.cpu(), generator=generator.get_state())
+            state.step, state.now = step + 1, now
+            if path and state.step % save_every == 0:
+                state.save(path)
+            if look:
+                look(name, step, x0)
+
+        behind = count_evaluations(levels[: state.step + 1], plan.windows, settings)
+        bar = tqdm(total=counts[name], initial=behind, desc=name, unit="window", smoothing=0.05, disable=rank > 0)
+        with bar:
+            predict_x0 = in_batches(predict, batch, bar.update)
+            args = (levels, plan.windows, plan.prompts, settings, generator, keep, state.step, x0)
+            state.done[name] = syncos(predict_x0, latents.to(plan.device), *args).cpu()
+        state.step, state.now = 0, {}
+    return state.done
 
 
 def write_video(path: Path, frames: Iterator, fps: int) -> None:
@@ -357,16 +432,55 @@ def load(args: argparse.Namespace, recipe: Any, device: str, dtype: Any, **optio
     return recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling, **options)
 
 
-def run(args: argparse.Namespace, plan: Plan, backbone: Any) -> None:
-    """Encode, sample, save, show. The latents are on disk before decoding starts."""
+def preview(path: Path, plan: Plan, backbone: Any, x0: Any, title: str) -> None:
+    """A contact sheet of the estimate so far: one frame from the middle of each event, of three latent frames each."""
+    picked, rows, c = {}, [], plan.recipe.frames_per_latent
+    for (start, stop), text in zip(P.event_spans(plan.windows, plan.events), plan.story.local_prompts):
+        middle = min(max(round((start + stop) / 2 * plan.frames), 1), plan.frames - 2)
+        number = c * middle
+        picked[number] = list(backbone.decode(x0[middle - 1 : middle + 2]))[c]
+        rows.append(([number], text))
+    contact_sheet(path, {"": picked}, rows, title)
+
+
+OUT_OF_MEMORY = (
+    "The GPU's memory is not enough. What helps, the cheapest first: --window_batch 1, --vae_tiling (decoding), "
+    "--offload model, --offload sequential (much slower)."
+)
+
+
+def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> None:
+    """Encode, sample, save, show. The latents are on disk before decoding starts. Exits with what to do if stopped."""
+    import torch
+
     backbone.encode(plan.prompts)
     backbone.release_text_encoder()
-    latents = sample(plan, backbone)
+    if args.compile:
+        backbone.pipe.transformer.compile()
+
+    def look(method: str, step: int, x0: Any) -> None:
+        if main_process() and (step + 1) % args.preview == 0:
+            title = f"{method}, estimate after step {step + 1} of {plan.recipe.num_inference_steps}"
+            preview(args.output_path.with_suffix(".preview.png"), plan, backbone, x0, title)
+
+    path = args.state or args.resume
+    try:
+        latents = sample(
+            plan, backbone, state, path if main_process() else None, args.save_every, look if args.preview else None
+        )
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        why = "Stopped." if isinstance(error, KeyboardInterrupt) else OUT_OF_MEMORY
+        if main_process() and (state.step or state.done):
+            path = path or args.output_path.with_suffix(".state.safetensors")
+            state.save(path)
+            why += f" The state is saved; the same command with --resume {path} goes on."
+        raise SystemExit(why) from None
+    if not main_process():
+        return
 
     about = dict(
         backbone=args.backbone,
         model=args.model,
-        methods=list(latents),
         num_frames=plan.recipe.num_frames,
         fps=plan.recipe.fps,
         seed=plan.seed,
@@ -374,12 +488,36 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any) -> None:
         **{"global": plan.story.global_prompt, "local": plan.story.local_prompts},
     )
     saved = args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
-    write_latents(saved, latents, about)
-    show(args.output_path, backbone, latents, about, plan.recipe.fps)
+    write_tensors(saved, "latents", latents, about)
+    if path:
+        path.unlink(missing_ok=True)
+    try:
+        show(args.output_path, backbone, latents, about, plan.recipe.fps)
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"{OUT_OF_MEMORY} The latents are saved; --decode {saved} --vae_tiling goes on.") from None
     if args.save_latents:
         print(f"Kept the latents in {saved}; --decode {saved} decodes them again")
     else:
         saved.unlink()
+
+
+def main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: meet the others; each takes its own GPU, and the first alone writes and prints."""
+    import torch
+    import torch.distributed as dist
+
+    gpu = torch.cuda.is_available() and args.device in (None, "cuda")
+    if gpu:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if not main_process():
+        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -393,24 +531,29 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     try:  # whatever is wrong with what was asked shows here, before anything heavy
-        check_output(args.output_path)
+        check_output(args.output_path, (".mp4", ".gif"))
+        if args.state:
+            check_output(args.state, (".safetensors",))
         if args.decode:
-            latents, about = read_latents(args.decode)
+            latents, about = read_tensors(args.decode, "latents")
             recipe, device, dtype = choose_recipe(args, about["backbone"], args.model or about["model"])
             backbone = load(args, recipe, device, dtype, decoder_only=True)
         else:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                join_processes(args)
             plan = make_plan(args)
+            state = State.read(args.resume, plan.about()) if args.resume else State(plan.about())
             print(plan.describe(), flush=True)
             if args.plan:
                 return
             backbone = load(args, plan.recipe, plan.device, plan.dtype)
     except ValueError as error:
-        parser.exit(2, f"demo.py: {error}\n")
+        parser.exit(2, f"demo.py: {error}\n" if main_process() else None)
 
     if args.decode:
         show(args.output_path, backbone, latents, about, args.fps or about["fps"])
     else:
-        run(args, plan, backbone)
+        run(args, plan, backbone, state)
 
 
 if __name__ == "__main__":

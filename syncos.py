@@ -337,12 +337,16 @@ def syncos(
     settings: Settings,
     generator: torch.Generator,
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    start: int = 0,
+    x0: Tensor | None = None,
 ) -> Tensor:
     """Sample a long video: the paper's whole method (Fig. 5), one step a turn of the loop.
 
     latents: the initial noise, F x C x H x W, float32; levels: the walk, from `diffusion_levels` or `flow_levels`;
     windows: from `make_windows`; prompts: one a window; generator: on the CPU, the source of all randomness.
-    callback(step, t, x0, latents) is called after every step with its estimate and its result.
+    callback(step, t, x0, latents) is called after every step with its estimate and its result. To go on with a run
+    that was stopped: `latents` and `x0` as its last callback got them, `start`, the number of steps done, and the
+    generator in the state that it then had.
     Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit together.
     """
     if len(prompts) != len(windows):
@@ -353,8 +357,9 @@ def syncos(
         raise ValueError("The generator must be on the CPU, so that a seed gives the same video on every device.")
 
     s, x = settings, latents.float()
-    x0 = x
-    for step, (level, prev) in enumerate(zip(levels, levels[1:])):
+    x0 = x if x0 is None else x0
+    for step in range(start, len(levels) - 1):
+        level, prev = levels[step], levels[step + 1]
         baseline = s.noise != "implied" and level.t > s.t_min
 
         # stage 1: local

@@ -64,14 +64,14 @@ def test_same_seed_same_latents_whatever_the_window_batch(base, tmp_path):
     results = []
     for extra in ([], ["--window_batch", 2], ["--seed", 1]):
         call(*base, "--save_latents", *extra)
-        results.append(demo.read_latents(tmp_path / "video.safetensors")[0]["syncos"])
+        results.append(demo.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"])
     assert (results[0] - results[1]).abs().max() < 1e-4
     assert (results[0] - results[2]).abs().max() > 1e-2
 
 
 def test_saved_latents_decode_to_the_same_video(base, tmp_path):
     call(*base, "--save_latents", "--compare")
-    latents, about = demo.read_latents(tmp_path / "video.safetensors")
+    latents, about = demo.read_tensors(tmp_path / "video.safetensors", "latents")
     assert list(latents) == ["gen-l-video", "syncos"] and latents["syncos"].shape == (9, 4, 2, 4)
     assert about["global"] == "a red fox ." and about["local"] == ["it runs", "it jumps"]
     model = base[base.index("--model") + 1]
