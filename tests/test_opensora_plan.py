@@ -15,7 +15,16 @@ from transformers import MT5Config, MT5EncoderModel
 
 import demo
 from backbones import RECIPES, OpenSoraPlan, get_recipe
-from opensora_plan import OpenSoraT2V_v1_3, WFVAEDecoder, from_sets, load_decoder, load_transformer, to_sets
+from opensora_plan import (
+    OpenSoraT2V_v1_3,
+    WFVAEDecoder,
+    from_sets,
+    inverse_haar_2d,
+    inverse_haar_3d,
+    load_decoder,
+    load_transformer,
+    to_sets,
+)
 
 DATA = Path(__file__).parent / "data"
 EXTRA = dict(decay=0.9999, update_after_step=0, use_ema_warmup=False)  # keys of the release that no class takes
@@ -147,6 +156,12 @@ def test_decoder_inside():
     [_] = model.decode(VAE["t2.latents"], 2)
     for name in ("conv_in", "mid", "connect_l2", "up2", "connect_l1", "up1", "layer"):
         assert maxdiff(kept[name], VAE[f"t2.mid.{name}"]) < 2e-5, name
+
+    low, detail = VAE["t2.mid.idwt_l2"], VAE["t2.mid.connect_l1"]
+    assert maxdiff(inverse_haar_3d(VAE["t2.mid.connect_l2"], True), low) < 2e-5
+    coefficients = torch.cat([detail[:, :3] + low, detail[:, 3:]], 1)
+    assert maxdiff(inverse_haar_2d(coefficients), VAE["t2.mid.idwt_l1"]) < 2e-5
+    assert maxdiff(inverse_haar_3d(VAE["t2.mid.decoder"], True), VAE["t2.video"]) < 2e-5
 
 
 @pytest.mark.parametrize("frames", range(1, 15))
