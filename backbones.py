@@ -382,7 +382,7 @@ RECIPES = {
         model=str(Path(__file__).parent / "tiny" / "checkpoint"),
         window=13,
         latent=(8, 8, 8),
-        scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=1.0),
+        scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=3.0),
         settings=Settings(stride=4, t_min=500, csd_iters=5),  # ours: small latents decide identity at lower t
         dtype="float32",
         scenario="tiny-star",

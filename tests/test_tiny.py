@@ -47,13 +47,13 @@ def test_objects_stay_in_the_picture_and_actions_are_what_they_say():
     stories = W.sample_stories(400, rng())
     motion = W.sample_motion(stories, rng())
     x, y, s = motion.unbind(-1)
-    assert (x - 1.4 * W.RADIUS * s > -0.15).all() and (x + 1.4 * W.RADIUS * s < 1.15).all() and (y < W.GROUND).all()
+    assert (x - W.RADIUS * s > -0.1).all() and (x + W.RADIUS * s < 1.1).all() and (y < W.GROUND).all()
     for action, value in enumerate([x, -x, None, s, -s]):
         if value is not None:
             mine = value[stories[:, 3] == action]
             assert (mine[:, -1] - mine[:, 0] > 0.2).all() and (mine.diff(dim=1) > -1e-6).all()
     hop = (W.GROUND - W.RADIUS * s - y)[stories[:, 3] == 2]
-    assert (hop.amax(1) > 0.2).all() and (hop >= -1e-6).all()
+    assert (hop.amax(1) > 0.15).all() and (hop >= -1e-6).all()
 
 
 def test_captions_leave_out_what_they_are_told_to():
@@ -98,8 +98,8 @@ def test_unknown_words_get_one_warning(backbone):
         backbone.encode(["A Red BALL. It jumps."])
 
 
-def test_single_clips_are_where_they_are_told_to_be(backbone):
-    """Four clips in 20 steps, one in each place (tiny/measure.py does 200 in 50, and looks at the objects too)."""
+def test_single_clips_show_what_they_are_told_to(backbone):
+    """Four clips in 20 steps (tiny/measure.py does 200 in 50); one mistake of the sixteen is forgiven."""
     stories = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]])
     captions = [W.caption(s) for s in stories]
     backbone.encode(captions)
@@ -110,7 +110,7 @@ def test_single_clips_are_where_they_are_told_to_be(backbone):
         x = revert(x0, implied_noise(x, x0, level), prev)
     fitter = W.Fitter()
     found = [fitter(video_of(backbone, z)[::4])[0] for z in x]
-    assert [place for _, _, place, _ in found] == stories[:, 2].tolist()
+    assert (torch.tensor(found) == stories).sum() >= 15
 
 
 def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):

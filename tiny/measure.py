@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("what", choices=["quality", "coherence"])
     parser.add_argument("--model", default=str(HERE / "checkpoint"))
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
-    parser.add_argument("--scenarios", type=int, nargs=2, default=[0, 24], help="first and last + 1 (default: 0 24)")
+    parser.add_argument("--scenarios", type=int, nargs=2, default=[0, 20], help="first and last + 1 (default: 0 20)")
     parser.add_argument("--methods", nargs="+", default=["gen-l-video", "syncos"],
                         help='names, or changes to the settings as JSON, e.g. \'{"t_min": 600}\'')  # fmt: skip
     parser.add_argument("--dtype", default="float32")

@@ -9,7 +9,7 @@ Coordinates: x to the right, y down, both in [0, 1] of the frame's side; sizes a
 
 import torch
 
-SIZE, FRAMES, RADIUS, GROUND = 64, 49, 0.16, 0.90  # pixels a side; video frames a clip; object radius; y of its feet
+SIZE, FRAMES, RADIUS, GROUND = 64, 49, 0.22, 0.92  # pixels a side; video frames a clip; object radius; y of its feet
 SHAPES = ["ball", "box", "triangle", "star"]
 COLORS = {
     "red": (0.90, 0.16, 0.14),
@@ -122,15 +122,15 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
     progress = ((t - before) / (FRAMES - 1 - before - after)).clamp(0, 1)
 
     # x and size go from a start to an end that is far enough to be seen; the other of the two stands still
-    x_low, s_low = draw(0.18, 0.58), draw(0.65, 1.00)
-    x_high, s_high = (x_low + draw(0.24, 0.64)).clamp(max=0.82), (s_low + draw(0.40, 0.75)).clamp(max=1.45)
-    x, s = draw(0.18, 0.82).expand(n, FRAMES), draw(0.65, 1.45).expand(n, FRAMES)
+    x_low, s_low = draw(0.22, 0.54), draw(0.65, 0.90)
+    x_high, s_high = (x_low + draw(0.24, 0.56)).clamp(max=0.78), (s_low + draw(0.35, 0.60)).clamp(max=1.35)
+    x, s = draw(0.22, 0.78).expand(n, FRAMES), draw(0.65, 1.35).expand(n, FRAMES)
     x = torch.where(action[0], x_low + (x_high - x_low) * progress, x)
     x = torch.where(action[1], x_high + (x_low - x_high) * progress, x)
     s = torch.where(action[3], s_low + (s_high - s_low) * progress, s)
     s = torch.where(action[4], s_high + (s_low - s_high) * progress, s)
 
-    period, height, phase = draw(16, 26), draw(0.24, 0.36), draw(0, 1)
+    period, height, phase = draw(26, 40), draw(0.20, 0.30), draw(0, 1)
     hop = height * torch.sin(torch.pi * (t / period + phase)).abs()
     y = GROUND - RADIUS * s - torch.where(action[2], hop, torch.zeros(()))
     return torch.stack([x, y, s], -1)
@@ -181,7 +181,7 @@ class Fitter:
 
     def __init__(self):
         x, s, hop = torch.meshgrid(
-            torch.linspace(0.16, 0.84, 24), torch.linspace(0.60, 1.50, 10), torch.linspace(0, 0.36, 10), indexing="ij"
+            torch.linspace(0.20, 0.80, 22), torch.linspace(0.60, 1.40, 10), torch.linspace(0, 0.30, 9), indexing="ij"
         )
         self.grid = torch.stack([x, GROUND - RADIUS * s - hop, s], -1).view(-1, 3)  # G 3
         self.places = self.half(backgrounds())  # 4 3 P
@@ -218,5 +218,5 @@ class Fitter:
         third = max(1, len(motion) // 3)
         dx, ds = (v[-third:].mean() - v[:third].mean() for v in (x, s))
         hop = (y + RADIUS * s).std()
-        scores = torch.stack([dx, -dx, hop, ds, -ds]) / torch.tensor([0.16, 0.16, 0.07, 0.27, 0.27])
+        scores = torch.stack([dx, -dx, hop, ds, -ds]) / torch.tensor([0.16, 0.16, 0.06, 0.22, 0.22])
         return scores.argmax().item() if scores.max() > 0.4 else -1
