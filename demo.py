@@ -307,7 +307,7 @@ def sample(
 
     levels = backbone.levels(plan.recipe.num_inference_steps)
     counts = plan.evaluations(levels)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world = dist.get_world_size() if dist.is_initialized() else 1
     predict = across_processes(backbone.predict_x0) if world > 1 else backbone.predict_x0
     batch = plan.recipe.window_batch and plan.recipe.window_batch * world
 
@@ -329,8 +329,8 @@ def sample(
                 look(name, step, x0)
 
         behind = count_evaluations(levels[: state.step + 1], plan.windows, settings)
-        bar = tqdm(total=counts[name], initial=behind, desc=name, unit="window", smoothing=0.05, disable=rank > 0)
-        with bar:
+        quiet = not main_process()
+        with tqdm(total=counts[name], initial=behind, desc=name, unit="window", smoothing=0.05, disable=quiet) as bar:
             predict_x0 = in_batches(predict, batch, bar.update)
             args = (levels, plan.windows, plan.prompts, settings, generator, keep, state.step, x0)
             state.done[name] = syncos(predict_x0, latents.to(plan.device), *args).cpu()

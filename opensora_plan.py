@@ -453,7 +453,8 @@ def load_decoder(model: str) -> WFVAEDecoder:
     state = {key.replace("module.", ""): value for key, value in state.items()}  # in their order: later ones win
     state = {k[8:]: v for k, v in state.items() if k.startswith("decoder.") and "wavelet" not in k}
     own = {k: v.shape for k, v in decoder.state_dict().items()}
-    wrong = [k for k in own.keys() & state.keys() if own[k] != state[k].shape]
+    both = own.keys() & state.keys()
+    wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k])}" for k in both if own[k] != state[k].shape]
     check_fit(str(path), own.keys() - state.keys(), state.keys() - own.keys(), wrong)
     decoder.load_state_dict(state)
     return decoder.eval()

@@ -62,6 +62,10 @@ def quality(recipe, backbone, fitter, n: int, done: dict, keep) -> None:
     print(f"{len(pairs)} clips of full captions, share that is right (95 % bootstrap interval):")
     for i, name in enumerate(NAMES):
         print(f"  {name:8} {interval([float(got[i] == asked[i]) for got, asked in pairs])}")
+    for i, phrase in enumerate(W.ACTIONS.values()):
+        right = [[float(g == a) for g, a in zip(got, asked)] for got, asked in pairs if asked[3] == i]
+        shares = ", ".join(f"{name} {sum(column) / len(right):.2f}" for name, column in zip(NAMES, zip(*right)))
+        print(f"  {len(right)} clips of {phrase!r}: {shares}")
 
 
 def scenario(seed: int) -> tuple[Story, list[int], int]:
