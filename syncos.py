@@ -24,7 +24,7 @@ Words that clash:
     window         f consecutive latent frames (the paper's "chunk"); frame: always a latent frame in this file
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,17 +120,17 @@ def make_windows(frames: int, size: int, stride: int) -> list[slice]:
     return [slice(s, s + size) for s in starts]
 
 
-def fuse(parts: Tensor, windows: Sequence[slice], frames: int) -> Tensor:
+def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tensor:
     """Average windows where they overlap: sum of values / number of windows (Fig. 5). Zero where no window lies.
 
-    parts: N x f x C x H x W, one a window. Returns F x C x H x W.
+    parts: f x C x H x W each, one a window; taken one by one, so they may be made on the way. Returns F x C x H x W.
     """
-    total = parts.new_zeros(frames, *parts.shape[2:])
-    count = parts.new_zeros(frames, *[1] * (parts.ndim - 2))
+    total, count = None, torch.zeros(frames)
     for part, window in zip(parts, windows, strict=True):
+        total = part.new_zeros(frames, *part.shape[1:]) if total is None else total
         total[window] += part
         count[window] += 1
-    return total / count.clamp(min=1)
+    return total / count.clamp(min=1).to(total).view(-1, *[1] * (total.ndim - 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,15 +139,26 @@ def fuse(parts: Tensor, windows: Sequence[slice], frames: int) -> Tensor:
 
 @torch.no_grad()
 def temporal_codenoise(
-    predict_x0: PredictX0, latents: Tensor, t: float, windows: Sequence[slice], prompts: Sequence[str]
+    predict_x0: PredictX0,
+    latents: Tensor,
+    t: float,
+    windows: Sequence[slice],
+    prompts: Sequence[str],
+    batch: int = 8,
 ) -> Tensor:
     """Predict each window by its own prompt and fuse: x0 = fuse({predict_x0(x_t[window i], t, c_i)}) (stage 1, Fig. 5).
 
     latents: x_t of the long video, F x C x H x W; prompts: one a window. Returns x0, F x C x H x W, float32. Neighbours
-    agree where they overlap; nothing ties distant windows together.
+    agree where they overlap; nothing ties distant windows together. Windows are cut out `batch` at a time, so that
+    memory does not grow with their number.
     """
-    parts = torch.stack([latents[w] for w in windows])  # N f C H W
-    return fuse(predict_x0(parts, t, list(prompts)).float(), windows, len(latents))
+
+    def predictions() -> Iterator[Tensor]:
+        for i in range(0, len(windows), batch):
+            noisy = torch.stack([latents[w] for w in windows[i : i + batch]])  # B f C H W
+            yield from predict_x0(noisy, t, list(prompts[i : i + batch])).float()
+
+    return fuse(predictions(), windows, len(latents))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -221,6 +221,20 @@ def test_codenoise_gives_each_window_its_prompt():
     assert x0[:4].eq(1).all() and x0[4].eq(2).all() and x0[5:].eq(3).all()
 
 
+def test_codenoise_cuts_out_a_few_windows_at_a_time():
+    x, windows, sizes = randn(40, 2, 3, 3), S.make_windows(40, 5, 2), []
+
+    def predict(x, t, prompts):
+        sizes.append((len(x), len(prompts)))
+        return x * torch.tensor([float(p) for p in prompts]).view(-1, 1, 1, 1, 1)
+
+    prompts = [str(i) for i in range(len(windows))]
+    whole = S.temporal_codenoise(predict, x, 999, windows, prompts, batch=len(windows))
+    assert sizes.pop() == (19, 19)
+    assert torch.equal(S.temporal_codenoise(predict, x, 999, windows, prompts), whole)
+    assert sizes == [(8, 8), (8, 8), (3, 3)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # stage 2
 
