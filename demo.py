@@ -51,7 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--ablate", nargs="+", metavar="PART", default=[],
                        help="take parts of SynCoS away: stage-1, stage-2, stage-2-keep-noise, stage-3, "
                             "grounded-timestep, fixed-noise, t-min, structured-prompt")  # fmt: skip
-    group.add_argument("--compare", action="store_true", help="run Gen-L-Video and SynCoS, show them side by side")
+    group.add_argument("--compare", nargs="*", metavar="METHOD",
+                       help="methods side by side, from the same noise (default: gen-l-video syncos)")  # fmt: skip
     group.add_argument("--num_frames", type=int, help=f"video frames {own}")
     group.add_argument("--num_inference_steps", type=int, help=f"denoising steps {own}")
     group.add_argument("--guidance_scale", type=float, help=f"classifier-free guidance {own}")
@@ -68,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--fps", type=int, help=f"frames per second {own}")
     group.add_argument("--save_latents", action="store_true", help="keep the latents (.safetensors beside the video)")
+    group.add_argument("--trace", type=Path, metavar="FILE", help="how the estimates developed (.safetensors); "
+                       "evaluate.py --trajectories FILE draws it")  # fmt: skip
     group.add_argument("--decode", type=Path, metavar="FILE", help="decode saved latents; no sampling")
     group.add_argument("--plan", action="store_true", help="print the plan and stop")
 
@@ -222,9 +225,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     known = [*ABLATIONS, "structured-prompt"]
     if unknown := [part for part in args.ablate if part not in known]:
         raise ValueError(f"--ablate {unknown[0]} is not known; choose from {', '.join(known)}.")
-    if args.ablate and (args.method != "syncos" or args.compare):
+    if args.ablate and (args.method != "syncos" or args.compare is not None):
         raise ValueError("--ablate takes parts of SynCoS away; it goes with neither another --method nor --compare.")
-    names = ["gen-l-video", "syncos"] if args.compare else [args.method]
+    names = [args.method] if args.compare is None else args.compare or ["gen-l-video", "syncos"]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"--compare {unknown[0]} is not known; choose from {', '.join(METHODS)}.")
     methods: dict[str, Settings] = {name: replace(settings, **METHODS[name]) for name in names}
     for part in args.ablate:
         [(name, settings)] = methods.items()
@@ -273,10 +278,18 @@ class State:
     done: dict[str, Any] = field(default_factory=dict)  # latents of the methods that are finished
     step: int = 0  # steps done of the next one, and what it then had: latents, x0, generator
     now: dict[str, Any] = field(default_factory=dict)
+    trace: dict[str, list] = field(default_factory=dict)  # of each method, the small x0 of each step
 
     def save(self, path: Path) -> None:
         tensors = {f"done {k}": v for k, v in self.done.items()} | {f"now {k}": v for k, v in self.now.items()}
+        tensors |= {f"trace {k}": v for k, v in self.traces().items()}
         write_tensors(path, "state", tensors, dict(step=self.step, about=self.about))
+
+    def traces(self) -> dict[str, Any]:
+        """Of each method: steps x F x D."""
+        import torch
+
+        return {name: torch.stack(steps) for name, steps in self.trace.items()}
 
     @classmethod
     def read(cls, path: Path, about: dict[str, Any]) -> "State":
@@ -288,7 +301,8 @@ class State:
                     f"{path} is of another run: {key} was {saved['about'].get(key)} there and is {value} here."
                 )
         part = lambda kind: {k.split(" ", 1)[1]: v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
-        return cls(about, part("done "), saved["step"], part("now "))
+        traces = {name: list(trace) for name, trace in part("trace ").items()}
+        return cls(about, part("done "), saved["step"], part("now "), traces)
 
 
 def sample(
@@ -323,6 +337,8 @@ def sample(
         def keep(step, t, x0, latents, name=name, generator=generator):
             now = dict(latents=latents.cpu(), x0=x0.cpu(), generator=generator.get_state())
             state.step, state.now = step + 1, now
+            small = torch.nn.functional.adaptive_avg_pool2d(x0, 4).flatten(1)  # F 16C: enough to see where it goes
+            state.trace.setdefault(name, []).append(small.cpu())
             if path and state.step % save_every == 0:
                 state.save(path)
             if look:
@@ -487,6 +503,8 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
         spans=P.event_spans(plan.windows, plan.events),
         **{"global": plan.story.global_prompt, "local": plan.story.local_prompts},
     )
+    if args.trace:
+        write_tensors(args.trace, "trace", state.traces(), about)
     saved = args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
     write_tensors(saved, "latents", latents, about)
     if path:
@@ -532,8 +550,8 @@ def main(argv: list[str] | None = None) -> None:
 
     try:  # whatever is wrong with what was asked shows here, before anything heavy
         check_output(args.output_path, (".mp4", ".gif"))
-        if args.state:
-            check_output(args.state, (".safetensors",))
+        for path in filter(None, (args.state, args.trace)):
+            check_output(path, (".safetensors",))
         if args.decode:
             latents, about = read_tensors(args.decode, "latents")
             recipe, device, dtype = choose_recipe(args, about["backbone"], args.model or about["model"])

@@ -84,6 +84,19 @@ def test_saved_latents_decode_to_the_same_video(base, tmp_path):
     assert frames_of(tmp_path / "video.mp4").shape[2] == 1024  # side by side
 
 
+def test_a_trace_holds_every_step_of_every_method(base, tmp_path):
+    call(
+        *base, "--compare", "gen-l-video", "csd", "syncos", "--save_latents", "--trace", tmp_path / "trace.safetensors"
+    )
+    traces, about = demo.read_tensors(tmp_path / "trace.safetensors", "trace")
+    assert list(traces) == ["gen-l-video", "csd", "syncos"] and about["num_frames"] == 33
+    assert all(trace.shape == (4, 9, 4 * 16) for trace in traces.values())  # steps, latent frames, 4 channels of 4 x 4
+    latents, _ = demo.read_tensors(tmp_path / "video.safetensors", "latents")
+    for name, trace in traces.items():  # the last step ends clean: its estimate is the result
+        small = torch.nn.functional.adaptive_avg_pool2d(latents[name], 4).flatten(1)
+        assert torch.allclose(trace[-1], small, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "extra", [["--method", "csd"], ["--ablate", "stage-1", "fixed-noise"], ["--ablate", "structured-prompt"]]
 )

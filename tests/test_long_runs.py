@@ -88,7 +88,7 @@ def test_a_kill_at_any_moment_costs_at_most_one_step(prepared, tmp_path, where, 
         assert state.step == n + (where == "replaced")
     left = 4 - state.step
     resumed = demo.sample(plan, backbone, state, look=lambda method, step, x0: steps.append(step))["syncos"]
-    assert torch.equal(resumed, whole) and len(steps) == left
+    assert torch.equal(resumed, whole) and len(steps) == left and len(state.trace["syncos"]) == 4
 
 
 def test_ctrl_c_saves_the_state_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):  # noqa: F811
