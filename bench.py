@@ -159,10 +159,10 @@ def overhead() -> Iterator[tuple[str, str]]:
         yield f"outside the model, {name}", f"{1000 * t:.0f} ms, {t / step:.4%} of a step with the 2B"
 
 
-def naive_gradient(x0: Tensor, predicted: Tensor, noise: Tensor, level: S.Level) -> Tensor:
+def naive_gradient(x0: Tensor, noisy: Tensor, predicted: Tensor, level: S.Level) -> Tensor:
     """`csd_gradient` by the tensor of all differences, B x B x D."""
     B = len(x0)
-    x = (level.alpha * x0 + level.sigma * noise).flatten(1)
+    x = noisy.flatten(1)
     difference = x[:, None] - x[None]
     d2 = difference.square().sum(-1)
     h = d2[~torch.eye(B, dtype=torch.bool, device=x.device)].median() / torch.tensor(B + 1.0).log()
@@ -173,8 +173,8 @@ def naive_gradient(x0: Tensor, predicted: Tensor, noise: Tensor, level: S.Level)
 
 
 def cost_of_gradient(f: Callable, B: int) -> tuple[float, float]:
-    x0, predicted, noise = torch.randn(3, B, BIG.window, *BIG.latent).to(DEVICE)
-    run = lambda: f(x0, predicted, noise, LEVEL)  # noqa: E731
+    x0, noisy, predicted = torch.randn(3, B, BIG.window, *BIG.latent).to(DEVICE)
+    run = lambda: f(x0, noisy, predicted, LEVEL)  # noqa: E731
     return peak(run), seconds(run)
 
 

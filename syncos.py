@@ -166,13 +166,13 @@ def temporal_codenoise(
 
 
 def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel of SVGD and the sum of its gradients.
+    """The kernel of SVGD and the matrix that sums its gradients.
 
         k(X, Y) = exp(-|X - Y|^2 / h),   h = median |X_i - X_j|^2 / log(B + 1) over i != j
 
-    x: B x D. Returns K, B x B, and its repulsion R, B x D, R_i = sum_j d k(X_j, X_i) / d X_j.
+    x: B x D. Returns K and M, B x B: sum_j d k(X_j, X_i) / d X_j = (M x)_i, the repulsion of window i.
 
-    R = 2/h L X with the graph Laplacian L = diag(K 1) - K: one matrix product, no B x B x D tensor of differences.
+    M = 2/h L with the graph Laplacian L = diag(K 1) - K: one matrix product, no B x B x D tensor of differences.
     ours: the median leaves out the zeros on the diagonal, which make h = 0 for B = 2 in the CSD code. Where h is 0 all
     the same (B = 1, or identical windows) equal windows have k = 1 and nothing repels: plain score distillation.
     """
@@ -181,20 +181,20 @@ def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     off_diagonal = d2[~torch.eye(B, dtype=torch.bool, device=x.device)]
     h = off_diagonal.median() / torch.tensor(B + 1.0).log() if B > 1 else d2[0, 0]  # B = 1: 0
     if h == 0:
-        return (d2 == 0).to(x), torch.zeros_like(x)
+        return (d2 == 0).to(x), torch.zeros_like(d2)
     K = torch.exp(-d2 / h)
     neighbours = K - torch.eye(B, device=x.device)
     laplacian = torch.diag(neighbours.sum(1)) - neighbours  # the diagonal's 1s cancel, so leave them out
-    return K, 2 / h * (laplacian @ x)
+    return K, 2 / h * laplacian
 
 
 @torch.no_grad()
-def csd_gradient(x0: Tensor, predicted: Tensor, noise: Tensor, level: Level) -> Tensor:
+def csd_gradient(x0: Tensor, noisy: Tensor, predicted: Tensor, level: Level) -> Tensor:
     """The descent direction that mixes the scores of a minibatch of windows (stage 2; CSD, arXiv 2307.04787).
 
         g_i = w(t)/B sum_j [ k(X_j, X_i) (eps_hat_j - eps_j) - d k(X_j, X_i) / d X_j ],   X = alpha x0 + sigma eps
 
-    x0, predicted (the model's estimates from X) and noise: B x f x C x H x W. Returns g of that shape; x0 - lr g is
+    x0, noisy (X) and predicted (the model's estimates from X): B x f x C x H x W. Returns g of that shape; x0 - lr g is
     the update. w(t) = sigma^2.
 
     The sign of the kernel's gradient: printed versions add it; the authors' CSD code subtracts it, so that with zero
@@ -202,12 +202,11 @@ def csd_gradient(x0: Tensor, predicted: Tensor, noise: Tensor, level: Level) -> 
     The residual eps_hat - eps is alpha/sigma (x0 - predicted), exactly; as a difference of two noises it would lose
     every digit at the high noise levels where this stage lives.
     """
-    B = len(x0)
-    noisy = level.alpha * x0 + level.sigma * noise
-    residual = level.alpha / level.sigma * (x0 - predicted)
-    K, repulsion = rbf_kernel(noisy.reshape(B, -1))  # B B, B D
-    mixed = K @ residual.reshape(B, -1) - repulsion
-    return (level.sigma**2 / B * mixed).view_as(x0)
+    B, w = len(x0), level.sigma**2 / len(x0)
+    x0, X, predicted = (x.reshape(B, -1) for x in (x0, noisy, predicted))  # B D
+    K, M = rbf_kernel(X)
+    mixed = (w * level.alpha / level.sigma * K) @ (x0 - predicted)  # factors go to the small matrices
+    return (mixed - (w * M) @ X).view_as(noisy)
 
 
 @torch.no_grad()
@@ -252,7 +251,7 @@ def csd_refine(
         noisy = level.alpha * clean + level.sigma * eps
         predicted = predict_x0(noisy, level.t, [prompts[i] for i in picked]).float()
 
-        gradient = csd_gradient(clean, predicted, eps, level)
+        gradient = csd_gradient(clean, noisy, predicted, level)
         x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0))
         optimizer.step()
     x0.grad = None

@@ -30,8 +30,8 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("batch", [2, 4, 8])
 def test_the_naive_gradient_is_ours(batch):
-    x0, predicted, noise = torch.randn(3, batch, 5, 2, 3, 4, generator=torch.Generator().manual_seed(batch))
-    a, b = (f(x0, predicted, noise, B.LEVEL) for f in (csd_gradient, B.naive_gradient))
+    x0, noisy, predicted = torch.randn(3, batch, 5, 2, 3, 4, generator=torch.Generator().manual_seed(batch))
+    a, b = (f(x0, noisy, predicted, B.LEVEL) for f in (csd_gradient, B.naive_gradient))
     assert (a - b).abs().max() < 1e-5
 
 
