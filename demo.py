@@ -53,6 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
                             "grounded-timestep, fixed-noise, t-min, structured-prompt")  # fmt: skip
     group.add_argument("--compare", nargs="*", metavar="METHOD",
                        help="methods side by side, from the same noise (default: gen-l-video syncos)")  # fmt: skip
+    group.add_argument("--preset", choices=["paper", "fast"],
+                       help="paper: the paper's settings; fast: ours, 2 iterations of stage 2 a step")  # fmt: skip
     group.add_argument("--num_frames", type=int, help=f"video frames {own}")
     group.add_argument("--num_inference_steps", type=int, help=f"denoising steps {own}")
     group.add_argument("--guidance_scale", type=float, help=f"classifier-free guidance {own}")
@@ -210,7 +212,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if value is not None and not value >= low:
             raise ValueError(f"--{name} must be at least {low}, got {value}.")
 
-    from syncos import ABLATIONS, METHODS, Settings, make_windows
+    from syncos import ABLATIONS, METHODS, PRESETS, Settings, make_windows
 
     recipe, device, dtype = choose_recipe(args, args.backbone, args.model)
     given = {k: v for k, v in vars(args).items() if v is not None}
@@ -219,7 +221,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         c, (_, h, w) = recipe.frames_per_latent, recipe.latent
         own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
         recipe = recipe.backbone.resize(recipe, *(own | size).values())
-    settings = replace(recipe.settings, **pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min"))
+    given_settings = pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min")
+    settings = replace(recipe.settings, **PRESETS.get(args.preset, {}) | given_settings)
     recipe = replace(recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch"))
 
     known = [*ABLATIONS, "structured-prompt"]

@@ -84,6 +84,14 @@ def test_saved_latents_decode_to_the_same_video(base, tmp_path):
     assert frames_of(tmp_path / "video.mp4").shape[2] == 1024  # side by side
 
 
+@pytest.mark.parametrize(
+    "words, count", [([], 980), (["--preset", "fast"], 692), (["--preset", "paper", "--csd_iters", "5"], 680)]
+)
+def test_presets_change_the_settings_and_options_change_presets(words, count, capsys):
+    call(*words, "--plan")
+    assert f"syncos: {count} model evaluations" in capsys.readouterr().out
+
+
 def test_a_trace_holds_every_step_of_every_method(base, tmp_path):
     call(
         *base, "--compare", "gen-l-video", "csd", "syncos", "--save_latents", "--trace", tmp_path / "trace.safetensors"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import world as W
 from backbones import RECIPES, get_recipe
-from measure import video_of
+from measure import Exact, FadingAdamW, TinyModel, long_video
 from syncos import implied_noise, revert
 
 ROOT = Path(__file__).parent.parent
@@ -98,19 +98,53 @@ def test_unknown_words_get_one_warning(backbone):
         backbone.encode(["A Red BALL. It jumps."])
 
 
-def test_single_clips_show_what_they_are_told_to(backbone):
+def test_single_clips_show_what_they_are_told_to():
     """Four clips in 20 steps (tiny/measure.py does 200 in 50); one mistake of the sixteen is forgiven."""
     stories = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]])
     captions = [W.caption(s) for s in stories]
-    backbone.encode(captions)
-    levels = backbone.levels(20)
+    model = TinyModel(str(CHECKPOINT), "float32")
+    model.encode(captions)
+    levels = model.levels(20)
     x = torch.randn(4, 13, 8, 8, 8, generator=rng())
     for level, prev in zip(levels, levels[1:]):
-        x0 = backbone.predict_x0(x, level.t, captions)
+        x0 = model.predict_x0(x, level.t, captions)
         x = revert(x0, implied_noise(x, x0, level), prev)
-    fitter = W.Fitter()
-    found = [fitter(video_of(backbone, z)[::4])[0] for z in x]
+    found = [model.read(z, [slice(0, 13)])["fits"][0] for z in x]
     assert (torch.tensor(found) == stories).sum() >= 15
+
+
+def test_exact_denoiser_is_the_posterior_mean_and_reads_its_clips_back():
+    model, prompts = Exact(), ["A star. It jumps.", "A star. It grows."]
+    level = model.levels(50)[25]
+    model.encode(prompts)
+    clips = torch.stack([model.clips[prompts[0]][137], model.clips[prompts[1]][488]]).view(2, 13, 3, 8, 8)
+    x = level.alpha * clips + level.sigma * torch.randn(clips.shape, generator=rng())
+    for got, noisy, prompt in zip(model.predict_x0(x, level.t, prompts), x.double(), prompts):
+        data = model.clips[prompt].double().view(-1, 13, 3, 8, 8)
+        likelihood = -(noisy - level.alpha * data).square().sum((1, 2, 3, 4)) / (2 * level.sigma**2)
+        weights = likelihood.softmax(0)
+        assert (got - (weights.view(-1, 1, 1, 1, 1) * data).sum(0)).abs().max() < 1e-3
+    seen = model.read(clips.flatten(0, 1), [slice(0, 13), slice(13, 26)])
+    assert seen["fits"] == [(3, 137 // 100, 137 // 25 % 4, 2), (3, 488 // 100, 488 // 25 % 4, 3)]
+    assert seen["distance"] < 1e-10 and seen["motion"] > 0
+
+
+def test_long_videos_are_measured_once(monkeypatch):
+    kept = {}
+    values = long_video(Exact(), 0, dict(csd_iters=2, fade=0.7), kept, kept.__setitem__)
+    assert len(kept) == 1 and values["evaluations"] == 500 + 24 * 2 * 4
+    monkeypatch.setattr("measure.syncos", None)
+    assert long_video(Exact(), 0, dict(csd_iters=2, fade=0.7), kept, None) == values
+
+
+def test_the_learning_rate_fades():
+    x = torch.zeros(1)
+    optimizer, path = FadingAdamW([x], fade=0.5, lr=1.0), []
+    for _ in range(3):
+        x.grad = torch.ones(1)
+        optimizer.step()
+        path.append(x.item())
+    assert path == pytest.approx([-1, -1.5 + 0.005, -1.75 + 0.005], abs=0.02)
 
 
 def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):

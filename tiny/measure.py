@@ -1,21 +1,33 @@
-"""Measure the tiny model with the world's own renderer: what do its clips show?
+"""Measure what the tiny world shows: single clips, and four-event videos whose colour and place are left open.
 
     python tiny/measure.py quality      single clips of full captions: the share that is right in shape, colour, place
                                         and action
-    python tiny/measure.py coherence    four-event videos of open captions, Gen-L-Video against SynCoS: how many
-                                        identities (colour and place) the windows show, how many follow their prompt
+    python tiny/measure.py coherence    four-event videos, Gen-L-Video against SynCoS: how many identities (colour and
+                                        place) the windows show, how many follow their prompt
+    python tiny/measure.py chart        the same against the number of model evaluations, for many settings
+    python tiny/measure.py reproduce    the same for every ablation of the paper's tables
 
-Each result is kept in tiny/work/ as it comes; the same command goes on where it was stopped.
+Two denoisers: "tiny", the trained model, read by fitting the world's own renderer to its frames, and "exact", the
+posterior mean over a few hundred rendered clips, which needs no training. Each result is kept in tiny/work/ as it
+comes; the same command goes on where it was stopped.
 """
 
 import argparse
+import functools
 import hashlib
 import json
+import os
+import statistics
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -23,42 +35,141 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import world as W  # noqa: E402
 from backbones import get_recipe  # noqa: E402
+from evaluate import Watch, seam_ratio, window_joins  # noqa: E402
 from prompts import Story, assign_events  # noqa: E402
-from syncos import METHODS, implied_noise, make_windows, revert, syncos  # noqa: E402
+from syncos import ABLATIONS, METHODS, count_evaluations, implied_noise, make_windows, revert, syncos  # noqa: E402
 
 NAMES = ["shape", "colour", "place", "action"]
 
 
-def interval(values: list[float], draws: int = 10000) -> str:
+def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float, float]:
     """Mean and its 95 % bootstrap interval."""
     x = torch.tensor(values, dtype=torch.float64)
     means = x[torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return f"{x.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return x.mean().item(), *means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def video_of(backbone, latents: torch.Tensor) -> torch.Tensor:
-    """Latents F C H W -> video T 3 H W in [0, 1]."""
-    return torch.stack([torch.from_numpy(f) for f in backbone.decode(latents)]).permute(0, 3, 1, 2) / 255
+def interval(values: list[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
 
 
-def quality(recipe, backbone, fitter, n: int, done: dict, keep) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# The two denoisers: encode, levels and predict_x0 as a backbone has them; read(x, windows) says what a video shows
+
+
+class TinyModel:
+    """The trained model, or another of its kind from a folder."""
+
+    def __init__(self, folder: str, dtype: str):
+        self.recipe = get_recipe("tiny", folder)
+        backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
+        self.encode, self.levels, self.predict_x0 = backbone.encode, backbone.levels, backbone.predict_x0
+        self.decode, self.fitter = backbone.decode, W.Fitter()
+        weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))
+        self.name = f"{hashlib.sha256(weights).hexdigest()[:12]} {dtype}"  # what results belong to
+
+    def video(self, latents: Tensor) -> Tensor:
+        """Latents F C H W -> video T 3 H W in [0, 1]."""
+        return torch.stack([torch.from_numpy(f) for f in self.decode(latents)]).permute(0, 3, 1, 2) / 255
+
+    def read(self, latents: Tensor, windows: list[slice]) -> dict:
+        """What a video shows: the story of each window, the mean square distance from that story's own picture, and
+        what `Watch` sees."""
+        watch, fits, distances = Watch(), [], []
+        for frame in (video := self.video(latents)):
+            watch(frame.permute(1, 2, 0).mul(255).round().byte().numpy())
+        for w in windows:
+            clip = video[4 * w.start : 4 * w.start + W.FRAMES : 4]
+            story, motion = self.fitter(clip)
+            fits.append(story)
+            distances.append((W.render(torch.tensor([story]), motion[None])[0] - clip).square().mean().item())
+        seams = seam_ratio(watch.differences, window_joins(windows))
+        return dict(
+            fits=fits, distance=statistics.mean(distances), motion=watch.motion, seams=seams, scenes=watch.scenes
+        )
+
+
+class Exact:
+    """The posterior mean over rendered clips: 13 frames of 8x8 pixels in [-1, 1], an action from each of 25 phases, in
+    5 colours and 4 places. The actions go round, so that neighbouring windows can agree exactly."""
+
+    name, SIZE, PHASES = "exact", 8, 25
+
+    def __init__(self):
+        self.recipe = replace(get_recipe("tiny"), latent=(3, self.SIZE, self.SIZE))
+
+    def levels(self, steps: int) -> list:
+        levels = self.recipe.backbone.make_levels(self.recipe.scheduler, steps)
+        self.at = {level.t: level for level in levels}
+        return levels
+
+    def encode(self, prompts: list[str]) -> None:
+        """Renders the clips of each prompt: "A star. It jumps."; one shape for all."""
+        which = lambda names, prompt: next(i for i, name in enumerate(names) if name in prompt)  # noqa: E731
+        self.shape = which(W.SHAPES, prompts[0])
+        self.actions = {p: which(W.ACTIONS.values(), p) for p in dict.fromkeys(prompts)}
+        self.clips = {p: self.render(self.shape, action) for p, action in self.actions.items()}
+
+    @functools.cache  # noqa: B019
+    def render(self, shape: int, action: int) -> Tensor:
+        """Clips, 500 x D, ordered by colour, place and phase."""
+        phase = (torch.arange(self.PHASES)[:, None] + torch.arange(self.recipe.window)) % self.PHASES / self.PHASES
+        x, s, hop = torch.full_like(phase, 0.5), torch.ones_like(phase), torch.zeros_like(phase)
+        if action == 2:
+            hop = 0.25 * torch.sin(torch.pi * phase)
+        elif action < 2:
+            x = 0.2 + 0.6 * (phase if action == 0 else 1 - phase)
+        else:
+            s = 0.65 + 0.7 * (phase if action == 3 else 1 - phase)
+        motion = torch.stack([x, W.GROUND - W.RADIUS * s - hop, s], -1)
+        looks = [[shape, color, place, action] for color in range(len(W.COLORS)) for place in range(len(W.BACKGROUNDS))]
+        stories = torch.tensor(looks).repeat_interleave(self.PHASES, 0)
+        video = W.render(stories, motion.repeat(len(looks), 1, 1))
+        return F.avg_pool2d(video.flatten(0, 1), W.SIZE // self.SIZE).view(len(stories), -1) * 2 - 1
+
+    def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
+        (_, a, s), out = self.at[t], []
+        for x, prompt in zip(latents.flatten(1), prompts):
+            clips = self.clips[prompt]
+            logits = (a * clips @ x - a**2 / 2 * clips.square().sum(1)) / s**2  # -|x - a clip|^2 / 2 s^2 + constant
+            out.append(logits.softmax(0) @ clips)
+        return torch.stack(out).view_as(latents)
+
+    def read(self, latents: Tensor, windows: list[slice]) -> dict:
+        """What a video shows: the story of the clip that is nearest to each window, the mean square distance from it,
+        and the mean difference between frames. All of pixels in [0, 1]."""
+        fits, distances = [], []
+        for w in windows:
+            nearest = {p: (clips - latents[w].flatten()).square().mean(1).min(0) for p, clips in self.clips.items()}
+            prompt, (distance, n) = min(nearest.items(), key=lambda item: item[1].values)
+            look = n.item() // self.PHASES
+            fits.append((self.shape, look // len(W.BACKGROUNDS), look % len(W.BACKGROUNDS), self.actions[prompt]))
+            distances.append(distance.item() / 4)
+        motion = (latents[1:] - latents[:-1]).abs().mean().item() / 2
+        return dict(fits=fits, distance=statistics.mean(distances), motion=motion)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single clips
+
+
+def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
     """n clips of random stories, ten at a time, by plain DDIM."""
-    levels = backbone.levels(recipe.num_inference_steps)
+    levels = model.levels(model.recipe.num_inference_steps)
     for batch in tqdm(range(0, n, 10), desc="clips / 10"):
-        key = f"quality {recipe.model} {batch}"
+        key = f"quality {model.name} {batch}"
         if key in done:
             continue
         generator = torch.Generator().manual_seed(batch)
         stories = W.sample_stories(10, generator)
         captions = [W.caption(s) for s in stories]
-        backbone.encode(captions)
-        x = torch.randn(10, recipe.window, *recipe.latent, generator=generator)
+        model.encode(captions)
+        x = torch.randn(10, model.recipe.window, *model.recipe.latent, generator=generator)
         for level, prev in zip(levels, levels[1:]):
-            x0 = backbone.predict_x0(x, level.t, captions)
+            x0 = model.predict_x0(x, level.t, captions)
             x = revert(x0, implied_noise(x, x0, level), prev)
-        keep(key, [[fitter(video_of(backbone, z)[::4])[0], s] for z, s in zip(x, stories.tolist())])
-    pairs = [pair for batch in range(0, n, 10) for pair in done[f"quality {recipe.model} {batch}"]]
+        keep(key, [[model.fitter(model.video(z)[::4])[0], s] for z, s in zip(x, stories.tolist())])
+    pairs = [pair for batch in range(0, n, 10) for pair in done[f"quality {model.name} {batch}"]]
     print(f"{len(pairs)} clips of full captions, share that is right (95 % bootstrap interval):")
     for i, name in enumerate(NAMES):
         print(f"  {name:8} {interval([float(got[i] == asked[i]) for got, asked in pairs])}")
@@ -66,6 +177,10 @@ def quality(recipe, backbone, fitter, n: int, done: dict, keep) -> None:
         right = [[float(g == a) for g, a in zip(got, asked)] for got, asked in pairs if asked[3] == i]
         shares = ", ".join(f"{name} {sum(column) / len(right):.2f}" for name, column in zip(NAMES, zip(*right)))
         print(f"  {len(right)} clips of {phrase!r}: {shares}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Long videos
 
 
 def scenario(seed: int) -> tuple[Story, list[int], int]:
@@ -76,66 +191,203 @@ def scenario(seed: int) -> tuple[Story, list[int], int]:
     return Story(f"A {W.SHAPES[shape]}.", tuple(list(W.ACTIONS.values())[a] for a in actions)), actions, shape
 
 
-def coherence(recipe, backbone, fitter, seeds: range, methods: list[str], done: dict, keep) -> None:
-    """Each scenario with each method from the same noise; every window of the decoded video is fitted."""
-    levels, rows = backbone.levels(recipe.num_inference_steps), {m: [] for m in methods}
-    windows = make_windows((recipe.num_frames - 1) // 4 + 1, recipe.window, recipe.settings.stride)
+class FadingAdamW(torch.optim.AdamW):
+    """Its learning rate falls to `fade` times itself with every step."""
+
+    def __init__(self, params, fade: float, **options):
+        super().__init__(params, **options)
+        self.fade = fade
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            group["lr"] *= self.fade
+
+
+def long_video(model, seed: int, change: dict, done: dict, keep: Callable) -> dict[str, float]:
+    """What a scenario's windows show, and its model evaluations, with some settings changed; from the same noise.
+
+    change: fields of Settings; num_frames; structured, whether windows see the global prompt too; fade, what
+    FadingAdamW does to the learning rate within a step.
+    """
+    change, recipe = dict(change), model.recipe
+    frames, structured = change.pop("num_frames", recipe.num_frames), change.pop("structured", True)
+    fade = change.pop("fade", None)
+    settings = replace(recipe.settings, **change)
+    levels = model.levels(recipe.num_inference_steps)
+    windows = make_windows((frames - 1) // 4 + 1, recipe.window, settings.stride)
+    story, actions, shape = scenario(seed)
+    events = assign_events(windows, len(actions))
+    key = f"long {model.name} {settings} {frames} {fade} {seed}" + " local" * (not structured)
+    if key not in done:
+        prompts = [story.event_prompts(structured)[e] for e in events]
+        model.encode(prompts)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(windows[-1].stop, *recipe.latent, generator=generator)
+        optimizer = functools.partial(FadingAdamW, fade=fade) if fade else torch.optim.AdamW
+        with patch.object(torch.optim, "AdamW", optimizer):
+            x = syncos(model.predict_x0, noise, levels, windows, prompts, settings, generator)
+        keep(key, model.read(x, windows))
+    seen, count = done[key], count_evaluations(levels, windows, settings)
+    _, colors, places, _ = zip(*seen["fits"])
+    values = {
+        "identities": len(set(zip(colors, places))),
+        "colours": len(set(colors)),
+        "places": len(set(places)),
+        "follow their prompt": statistics.mean(fit[3] == actions[e] for fit, e in zip(seen["fits"], events)),
+        "right shape": statistics.mean(fit[0] == shape for fit in seen["fits"]),
+        "distance x 1000": 1000 * seen["distance"],
+        "motion x 1000": 1000 * seen["motion"],
+    }
+    return values | {k: seen[k] for k in ("seams", "scenes") if k in seen} | {"evaluations": count}
+
+
+def coherence(model, seeds: range, methods: list[str], done: dict, keep: Callable) -> None:
+    """The methods side by side."""
+    changes = [METHODS[m] if m in METHODS else json.loads(m) for m in methods]
+    rows = {m: [] for m in methods}
     for seed in tqdm(seeds, desc="scenarios"):
-        story, actions, shape = scenario(seed)
-        events = assign_events(windows, 4)
-        prompts = [story.event_prompts()[e] for e in events]
-        for method in methods:
-            settings = replace(
-                recipe.settings, **METHODS.get(method) or json.loads(method if method[0] == "{" else "{}")
-            )
-            key = f"coherence {recipe.model} {settings} {seed}"
-            if key not in done:
-                backbone.encode(prompts)
-                generator = torch.Generator().manual_seed(seed)
-                noise = torch.randn(windows[-1].stop, *recipe.latent, generator=generator)
-                x = syncos(backbone.predict_x0, noise, levels, windows, prompts, settings, generator)
-                video = video_of(backbone, x)
-                change = (video[1:] - video[:-1]).abs().mean().item()
-                keep(key, [[fitter(video[4 * w.start : 4 * w.start + W.FRAMES : 4])[0] for w in windows], change])
-            fits, change = done[key]
-            identities = [(color, place) for _, color, place, _ in fits]
-            rows[method].append(
-                (
-                    len(set(identities)),
-                    len({color for color, _ in identities}),
-                    len({place for _, place in identities}),
-                    sum(f[3] == actions[e] for f, e in zip(fits, events)) / len(fits),
-                    sum(f[0] == shape for f in fits) / len(fits),
-                    1000 * change,
-                )
-            )
-    print(f"{len(seeds)} scenarios of four events, {len(windows)} windows each; mean [95 % bootstrap interval]:")
-    names = ["identities", "colours", "places", "windows that follow their prompt", "right shape", "motion x 1000"]
+        for method, change in zip(methods, changes):
+            rows[method].append(long_video(model, seed, change, done, keep))
+    print(f"{len(seeds)} scenarios of four events; mean [95 % bootstrap interval]:")
     for method, values in rows.items():
         print(method)
-        for name, column in zip(names, zip(*values)):
-            print(f"  {name:34}{interval(column)}")
+        for name in values[0]:
+            print(f"  {name:22}{interval([v[name] for v in values])}")
     if len(methods) > 1:
         print(f"{methods[-1]} minus {methods[0]}, scenario by scenario")
-        for name, a, b in zip(names, zip(*rows[methods[0]]), zip(*rows[methods[-1]])):
-            print(f"  {name:34}{interval([q - p for p, q in zip(a, b)])}")
+        for name in rows[methods[0]][0]:
+            print(f"  {name:22}{interval([q[name] - p[name] for p, q in zip(rows[methods[0]], rows[methods[-1]])])}")
+
+
+GEN_L_VIDEO, RENOISING = METHODS["gen-l-video"], ABLATIONS["stage-2-keep-noise"]
+CHART = {  # what is changed, from the tiny model's own settings: t_min 500, 5 iterations of 4 windows at 0.5
+    "Gen-L-Video": [GEN_L_VIDEO],
+    "re-noising alone, t_min 300 to 800": [RENOISING | dict(t_min=t) for t in (300, 400, 500, 600, 800)],
+    "SynCoS, t_min 300 to 800": [dict(t_min=t) for t in (300, 400, 500, 600, 800)],
+    "SynCoS, the paper's t_min 800, 20 iterations": [dict(t_min=800, csd_iters=20)],
+    "SynCoS, 2 iterations, t_min 300 to 600": [dict(csd_iters=2, t_min=t) for t in (300, 400, 500, 600)],
+    "SynCoS, learning rate times 0.7 an iteration": [dict(fade=0.7)],
+    "SynCoS, B 2, 4, 10": [dict(csd_batch=n) for n in (2, 4, 10)],
+}
+EXACT = {  # with the exact denoiser only: the trained model would take hours
+    "SynCoS, learning rate 0.25, 0.5, 1": [dict(csd_lr=lr) for lr in (0.25, 0.5, 1.0)],
+    "SynCoS, 2 to 50 iterations": [dict(csd_iters=n) for n in (2, 5, 20, 50)],
+    "SynCoS, no weight decay": [dict(csd_weight_decay=0.0)],
+}
+LONG = {  # lengths, in base clips; with the exact denoiser only, too
+    name: [change | dict(num_frames=48 * times + 1) for times in (5, 10, 20)]
+    for name, change in {"Gen-L-Video": GEN_L_VIDEO, "re-noising alone": RENOISING, "SynCoS": {}}.items()
+}
+
+
+def chart(models: list, seeds: range, path: Path, done: dict, keep: Callable) -> None:
+    """A table of all families of settings, and a picture of those at the base length against evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = ["identities", "follow their prompt", "motion x 1000", "distance x 1000"]
+    figure, axes = plt.subplots(len(shown), len(models), figsize=(6 * len(models), 11), sharex=True, squeeze=False)
+    for column, model in zip(axes.T, models):
+        print(f"{model.name}: {len(seeds)} scenarios; mean [95 % bootstrap interval]")
+        print(f"{'':64}{'evaluations':>12}" + "".join(f"{name[:20]:>24}" for name in shown))
+        more = model.name == "exact"
+        for families, drawn in ((CHART | (EXACT if more else {}), True), (LONG if more else {}, False)):
+            for family, changes in families.items():
+                points = []
+                for change in changes:
+                    about = f"{model.name[:6]} {family} {change}"
+                    values = [long_video(model, seed, change, done, keep) for seed in tqdm(seeds, about, leave=False)]
+                    points.append({name: [v[name] for v in values] for name in values[0]})
+                    evaluations = points[-1]["evaluations"][0]
+                    figures = "".join(f"{interval(points[-1][name]):>24}" for name in shown)
+                    print(f"{family[:24]:26}{json.dumps(change)[:36]:38}{evaluations:12}{figures}")
+                for axis, name in zip(column, shown) if drawn else ():
+                    mean, low, high = torch.tensor([bootstrap(p[name]) for p in points]).T
+                    x = [p["evaluations"][0] / 500 for p in points]
+                    style = "o-" if len(points) > 1 else "s"
+                    axis.errorbar(x, mean, (mean - low, high - mean), fmt=style, label=family, capsize=2, alpha=0.8)
+                    axis.set_ylabel(name)
+        column[0].set_title(f"{model.name} denoiser" if model.name == "exact" else "tiny model")
+        column[-1].set_xlabel("model evaluations / Gen-L-Video's")
+        column[-1].set_xscale("log")
+        column[-1].set_xticks(ticks := [1, 1.5, 2, 3, 5, 10], ticks, minor=False)
+        column[-1].minorticks_off()
+    axes[0, -1].legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    figure.savefig(path, format="png", bbox_inches="tight", dpi=80)
+
+
+TABLES = {  # row: what is changed; the paper's subject consistency and prompt fidelity, in brackets its SynCoS's there
+    "SynCoS": ({}, "", ""),
+    "Gen-L-Video (Table 1)": (GEN_L_VIDEO, "81.3 (88.9)", ".351 (.354)"),
+    "CSD alone (Table 3)": (METHODS["csd"], "78.9 (82.7)", ".300 (.348)"),
+    "w/o stage 1": (ABLATIONS["stage-1"], "", ""),
+    "w/o stage 2, noise kept": (RENOISING, "", ""),
+    "w/o stage 3": (ABLATIONS["stage-3"], "", ""),
+    "w/o grounded timestep (Table 2)": (ABLATIONS["grounded-timestep"], "80.3 (86.4)", ".364 (.381)"),
+    "w/o fixed noise (Table 2)": (ABLATIONS["fixed-noise"], "81.7 (86.4)", ".382 (.381)"),
+    "w/o t_min (Table 2)": (ABLATIONS["t-min"], "72.4 (86.4)", ".373 (.381)"),
+    "w/o structured prompt (Table 2)": (dict(structured=False), "83.7 (86.4)", ".362 (.381)"),
+}
+
+
+def reproduce(model, seeds: range, done: dict, keep: Callable) -> None:
+    """The paper's ablations as a table in Markdown, and what each changes, scenario by scenario."""
+    rows = {}
+    for name, (change, _, _) in TABLES.items():
+        rows[name] = [long_video(model, seed, change, done, keep) for seed in tqdm(seeds, name, leave=False)]
+    shown = ["identities", "follow their prompt", "right shape", "distance x 1000", "seams", "scenes", "motion x 1000"]
+    print(f"{len(seeds)} scenarios of four events; mean [95 % bootstrap interval]\n")
+    print(f"| | {' | '.join(shown)} | paper: subject consistency | paper: prompt fidelity |")
+    print("|---" * (len(shown) + 3) + "|")
+    for name, values in rows.items():
+        cells = [interval([v[measure] for v in values]) for measure in shown]
+        print(f"| {' | '.join([name, *cells, *TABLES[name][1:]])} |")
+    print("\nRow minus SynCoS, scenario by scenario\n")
+    print(f"| | {' | '.join(shown)} |")
+    print("|---" * (len(shown) + 1) + "|")
+    for name, values in list(rows.items())[1:]:
+        cells = [interval([a[measure] - b[measure] for a, b in zip(values, rows["SynCoS"])]) for measure in shown]
+        print(f"| {' | '.join([name, *cells])} |")
+
+
+SEEDS = dict(chart=(0, 20), coherence=(100, 120), reproduce=(100, 130))  # settings are chosen by the chart's alone
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "coherence"])
-    parser.add_argument("--model", default=str(HERE / "checkpoint"))
+    parser.add_argument("what", choices=["quality", "coherence", "chart", "reproduce"])
+    parser.add_argument("--denoisers", nargs="+", choices=["tiny", "exact"], help="(default: tiny; chart: both)")
+    parser.add_argument("--model", default=str(HERE / "checkpoint"), help="another tiny model's folder")
+    parser.add_argument("--dtype", default="float32", help="of the tiny model (default: float32)")
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
-    parser.add_argument("--scenarios", type=int, nargs=2, default=[0, 20], help="first and last + 1 (default: 0 20)")
+    parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
     parser.add_argument("--methods", nargs="+", default=["gen-l-video", "syncos"],
                         help='names, or changes to the settings as JSON, e.g. \'{"t_min": 600}\'')  # fmt: skip
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the scenarios")
+    parser.add_argument("--output_path", type=Path, default=HERE / "chart.png", help="for chart")
     args = parser.parse_args()
 
-    recipe = get_recipe("tiny", args.model)
-    backbone = recipe.backbone(args.model, "cpu", getattr(torch, args.dtype), recipe.guidance_scale)
-    weights = b"".join(path.read_bytes() for path in sorted(Path(args.model).rglob("*.safetensors")))
-    recipe = replace(recipe, model=f"{hashlib.sha256(weights).hexdigest()[:12]} {args.dtype}")  # what results belong to
+    if args.what != "quality":
+        first, last = args.scenarios or SEEDS[args.what]
+        if args.jobs > 1:  # others measure a part of the scenarios each, this one then finds all results done
+            cuts = [first + (last - first) * i // args.jobs for i in range(args.jobs + 1)]
+            parts = [
+                ["--scenarios", str(a), str(b), "--jobs", "1", "--output_path", os.devnull]
+                for a, b in zip(cuts, cuts[1:])
+                if a < b
+            ]
+            command, alone = [sys.executable, *sys.argv], os.environ | {"OMP_NUM_THREADS": "1"}
+            others = [subprocess.Popen(command + part, stdout=subprocess.DEVNULL, env=alone) for part in parts]
+            if any([other.wait() for other in others]):
+                raise SystemExit(1)
+
+    make = {"exact": Exact, "tiny": lambda: TinyModel(args.model, args.dtype)}
+    models = [make[name]() for name in args.denoisers or (["exact", "tiny"] if args.what == "chart" else ["tiny"])]
     results = HERE / "work" / "measured.jsonl"
     results.parent.mkdir(exist_ok=True)
     done = dict(map(json.loads, results.read_text().splitlines())) if results.exists() else {}
@@ -146,9 +398,13 @@ def main() -> None:
             file.write(json.dumps([key, value]) + "\n")
 
     if args.what == "quality":
-        quality(recipe, backbone, W.Fitter(), args.clips, done, keep)
+        quality(models[0], args.clips, done, keep)
+    elif args.what == "coherence":
+        coherence(models[0], range(first, last), args.methods, done, keep)
+    elif args.what == "chart":
+        chart(models, range(first, last), args.output_path, done, keep)
     else:
-        coherence(recipe, backbone, W.Fitter(), range(*args.scenarios), args.methods, done, keep)
+        reproduce(models[0], range(first, last), done, keep)
 
 
 if __name__ == "__main__":

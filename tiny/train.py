@@ -265,9 +265,9 @@ def train_transformer(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--clips", type=int, default=3072)
-    parser.add_argument("--steps", type=int, default=7200)
+    parser.add_argument("--vae_steps", type=int, default=5000)
+    parser.add_argument("--clips", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--output", type=Path, default=HERE / "checkpoint")

@@ -130,8 +130,9 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
     s = torch.where(action[3], s_low + (s_high - s_low) * progress, s)
     s = torch.where(action[4], s_high + (s_low - s_high) * progress, s)
 
-    period, height, phase = draw(26, 40), draw(0.20, 0.30), draw(0, 1)
-    hop = height * torch.sin(torch.pi * (t / period + phase)).abs()
+    # a small object, one hop a clip, from any phase of it
+    s = torch.where(action[2], draw(0.70, 0.95), s)
+    hop = draw(0.24, 0.30) * torch.sin(torch.pi * (t / (FRAMES - 1) + draw(0, 1))).square()
     y = GROUND - RADIUS * s - torch.where(action[2], hop, torch.zeros(()))
     return torch.stack([x, y, s], -1)
 
