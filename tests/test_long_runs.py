@@ -101,6 +101,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(base, tmp_path, monkeypatc
     def interrupted(self, *args):
         calls.append(1)
         if len(calls) == 20:  # Gen-L-Video needs 12 calls
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             os.kill(os.getpid(), signal.SIGINT)
         return predict(self, *args)
 
