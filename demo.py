@@ -22,6 +22,11 @@ from typing import Any
 
 import prompts as P
 
+PRESETS = {  # changes to a backbone's own settings
+    "paper": dict(t_min=800, csd_iters=20),
+    "fast": dict(csd_iters=2),  # ours: in the tiny world more iterations hardly add coherence (tiny/measure.py chart)
+}
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
                             "grounded-timestep, fixed-noise, t-min, structured-prompt")  # fmt: skip
     group.add_argument("--compare", nargs="*", metavar="METHOD",
                        help="methods side by side, from the same noise (default: gen-l-video syncos)")  # fmt: skip
-    group.add_argument("--preset", choices=["paper", "fast"],
+    group.add_argument("--preset", choices=PRESETS,
                        help="paper: the paper's settings; fast: ours, 2 iterations of stage 2 a step")  # fmt: skip
     group.add_argument("--num_frames", type=int, help=f"video frames {own}")
     group.add_argument("--num_inference_steps", type=int, help=f"denoising steps {own}")
@@ -212,7 +217,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if value is not None and not value >= low:
             raise ValueError(f"--{name} must be at least {low}, got {value}.")
 
-    from syncos import ABLATIONS, METHODS, PRESETS, Settings, make_windows
+    from syncos import ABLATIONS, METHODS, Settings, make_windows
 
     recipe, device, dtype = choose_recipe(args, args.backbone, args.model)
     given = {k: v for k, v in vars(args).items() if v is not None}

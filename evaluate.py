@@ -39,9 +39,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prompts as P
+from demo import check_output, read_tensors
 from syncos import make_windows
 
 DINO, CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32"
+IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean and deviation of the training images
+OPENAI = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,12 +154,8 @@ class Networks:
         return self.clip.get_text_features(**tokens.to(self.device)).pooler_output.float().cpu()
 
 
-IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean and deviation of the training images
-OPENAI = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-
-
-def normalize(x: Tensor, statistics: Tensor) -> Tensor:
-    mean, std = statistics.to(x)[:, :, None, None]
+def normalize(x: Tensor, moments: Tensor) -> Tensor:
+    mean, std = moments.to(x)[:, :, None, None]
     return (x - mean) / std
 
 
@@ -252,8 +251,6 @@ def plot_trajectories(path: Path, picture: Path) -> None:
 
     Raises ValueError if the file holds no trace.
     """
-    from demo import read_tensors
-
     traces, about = read_tensors(path, "trace")
     import matplotlib
 
@@ -308,11 +305,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.trajectories:
             path = args.output_path or args.trajectories.with_suffix(".png")
+            check_output(path, (".png",))
             plot_trajectories(args.trajectories, path)
             print(f"Wrote {path}")
             return
         if not args.video:
             raise ValueError("Name the video: evaluate.py VIDEO --story FILE.")
+        path = args.output_path or args.video.with_suffix(".scores.json")
+        check_output(path, (".json",))
         story = P.SCENARIOS[args.scenario] if args.scenario else P.load_story(args.story)
         if args.batch < 1 or args.window < 1 or args.stride < 1:
             raise ValueError("--batch, --window and --stride must be at least 1.")
@@ -322,7 +322,6 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"evaluate.py: {error}\n")
     scores = evaluate(args.video, story, windows, spans, networks, args.batch)
     print(describe(scores))
-    path = args.output_path or args.video.with_suffix(".scores.json")
     path.write_text(json.dumps(scores, indent=1) + "\n")
     print(f"Wrote {path}")
 

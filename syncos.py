@@ -311,10 +311,6 @@ METHODS = {  # what to change in Settings to get each method of the paper's Tabl
     "gen-l-video": dict(refine=False, noise="implied"),  # stages 1 and 3: co-denoising by DDIM alone
     "csd": dict(codenoise=False, revert=False, t_min=-1),  # stage 2 alone, at every step, from noise
 }
-PRESETS = {  # changes to a backbone's own settings
-    "paper": dict(t_min=800, csd_iters=20),
-    "fast": dict(csd_iters=2),  # ours: in the tiny world more iterations hardly add coherence (tiny/measure.py chart)
-}
 ABLATIONS = {  # and each ablation of Tables 2 and 3 and Figures 7 and 9
     "stage-1": dict(codenoise=False),  # below t_min nothing is left to do, so x0 stays as stage 2 left it
     "stage-2": dict(refine=False, noise="implied"),  # = Gen-L-Video

@@ -66,7 +66,9 @@ class TinyModel:
         self.encode, self.levels, self.predict_x0 = backbone.encode, backbone.levels, backbone.predict_x0
         self.decode, self.fitter = backbone.decode, W.Fitter()
         weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))
-        self.name = f"{hashlib.sha256(weights).hexdigest()[:12]} {dtype}"  # what results belong to
+        self.name = (
+            f"{hashlib.sha256(weights).hexdigest()[:12]} {dtype} {backbone.guidance_scale}"  # what results are of
+        )
 
     def video(self, latents: Tensor) -> Tensor:
         """Latents F C H W -> video T 3 H W in [0, 1]."""
