@@ -7,6 +7,8 @@
 Coordinates: x to the right, y down, both in [0, 1] of the frame's side; sizes are multiples of RADIUS.
 """
 
+import functools
+
 import torch
 
 SIZE, FRAMES, RADIUS, GROUND = 64, 49, 0.22, 0.92  # pixels a side; video frames a clip; object radius; y of its feet
@@ -194,19 +196,27 @@ class Fitter:
         """... H W -> ... (H/2 W/2)"""
         return images.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2)).mean((-3, -1)).flatten(-2)
 
+    def adds(self, place: int, color: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What fill and line add to the pixels of a background that they cover: 3 P each."""
+        return PALETTE[color][:, None] - self.places[place], INK[:, None] - self.places[place]
+
+    @functools.cache  # noqa: B019
+    def norm(self, place: int, color: int, shape: int) -> torch.Tensor:
+        """|T|^2 of the whole grid: G."""
+        f, n = self.fill[shape], self.line[shape]  # G P
+        fill, line = self.adds(place, color)
+        return f**2 @ (fill**2).sum(0) + n**2 @ (line**2).sum(0) + 2 * (f * n) @ (fill * line).sum(0)
+
     def __call__(self, video: torch.Tensor) -> tuple[tuple[int, int, int, int], torch.Tensor]:
         """Video (T, 3, SIZE, SIZE) in [0, 1] -> its story (see sample_stories; action -1: none) and motion (T, 3)."""
         frames = self.half(video)  # T 3 P
         place = (frames[None] - self.places[:, None]).abs().clamp(max=0.3).mean((1, 2, 3)).argmin().item()
-        b = self.places[place]  # 3 P
-        best = None
-        for color, c in enumerate(PALETTE):
-            fill, line = c[:, None] - b, INK[:, None] - b  # 3 P each: what a covered pixel adds
-            g_fill, g_line = ((frames - b) * fill).sum(1), ((frames - b) * line).sum(1)  # T P
+        g, best = frames - self.places[place], None
+        for color in range(len(PALETTE)):
+            g_fill, g_line = ((g * add).sum(1) for add in self.adds(place, color))  # T P each
             for shape in range(len(SHAPES)):
-                f, n = self.fill[shape], self.line[shape]  # G P
-                norm = f**2 @ (fill**2).sum(0) + n**2 @ (line**2).sum(0) + 2 * (f * n) @ (fill * line).sum(0)  # G
-                gain, where = (2 * (g_fill @ f.T + g_line @ n.T) - norm).max(1)  # T
+                overlap = g_fill @ self.fill[shape].T + g_line @ self.line[shape].T  # T G
+                gain, where = (2 * overlap - self.norm(place, color, shape)).max(1)  # T
                 if best is None or gain.sum() > best[0]:
                     best = gain.sum(), shape, color, self.grid[where]
         _, shape, color, motion = best
