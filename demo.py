@@ -174,6 +174,16 @@ def choose_recipe(args: argparse.Namespace, backbone: str, model: str | None) ->
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cpu" and recipe.needs_gpu:
             raise ValueError(f"--backbone {backbone} needs a GPU and there is none; --device cpu tries all the same.")
+    kind = check_device(device)
+    if kind == "cpu" and args.offload != "none":
+        raise ValueError("--offload moves parts of the model between GPU and CPU; on the CPU leave it out.")
+    return recipe, device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+
+
+def check_device(device: str) -> str:
+    """cuda, mps or cpu: the kind of a device. Raises ValueError if it is not there."""
+    import torch
+
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -181,9 +191,7 @@ def choose_recipe(args: argparse.Namespace, backbone: str, model: str | None) ->
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind, False):
         raise ValueError(f"--device {device} is not available here; use --device cpu.")
-    if kind == "cpu" and args.offload != "none":
-        raise ValueError("--offload moves parts of the model between GPU and CPU; on the CPU leave it out.")
-    return recipe, device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+    return kind
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prompts as P
-from demo import check_output, read_tensors
+from demo import check_device, check_output, read_tensors
 from syncos import make_windows
 
 DINO, CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32"
@@ -62,8 +62,7 @@ def consistency(features: Tensor) -> float:
 def drift(features: Tensor) -> list[float]:
     """Mean cosine of frames 1, 2, ..., T - 1 apart; features T x D."""
     f = F.normalize(features, dim=-1)
-    similar = f @ f.T
-    return [similar.diagonal(d).mean().item() for d in range(1, len(f))]
+    return [(f[d:] * f[:-d]).sum(-1).mean().item() for d in range(1, len(f))]
 
 
 def fidelity(features: Tensor, text: Tensor) -> float:
@@ -314,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         path = args.output_path or args.video.with_suffix(".scores.json")
         check_output(path, (".json",))
         story = P.SCENARIOS[args.scenario] if args.scenario else P.load_story(args.story)
+        check_device(args.device)
         if args.batch < 1 or args.window < 1 or args.stride < 1:
             raise ValueError("--batch, --window and --stride must be at least 1.")
         windows, spans = place_story(args.video, story, args.window, args.stride)
