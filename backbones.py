@@ -383,7 +383,7 @@ RECIPES = {
         window=13,
         latent=(8, 8, 8),
         scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=3.0),
-        settings=Settings(stride=4, t_min=500, csd_iters=5),  # ours: small latents decide identity at lower t
+        settings=Settings(stride=4, t_min=300, csd_iters=5),  # ours: small latents decide identity at lower t
         dtype="float32",
         scenario="tiny-star",
         guidance_scale=4.0,  # ours: cleaner pictures than 6

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import world as W
 from backbones import RECIPES, get_recipe
-from measure import Exact, FadingAdamW, TinyModel, long_video
+from measure import TABLES, Exact, FadingAdamW, TinyModel, compare, consistency_of, long_video, read_change, verdict
 from syncos import implied_noise, revert
 
 ROOT = Path(__file__).parent.parent
@@ -132,9 +132,47 @@ def test_exact_denoiser_is_the_posterior_mean_and_reads_its_clips_back():
 def test_long_videos_are_measured_once(monkeypatch):
     kept = {}
     values = long_video(Exact(), 0, dict(csd_iters=2, fade=0.7), kept, kept.__setitem__)
-    assert len(kept) == 1 and values["evaluations"] == 500 + 24 * 2 * 4
+    assert len(kept) == 1 and values["evaluations"] == 500 + 34 * 2 * 4
     monkeypatch.setattr("measure.syncos", None)
     assert long_video(Exact(), 0, dict(csd_iters=2, fade=0.7), kept, None) == values
+
+
+def test_consistency_of_what_windows_show():
+    """By hand: each window but the first, compared with the one before and with the first."""
+    assert consistency_of([2, 2, 2]) == 1
+    assert consistency_of([(3, 1), (3, 1), (3, 2), (3, 2), (3, 1)]) == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
+
+
+@pytest.mark.parametrize("text", ["gen_l_video", '{"t_min": 300', '{"t_mim": 300}', '{"csd_iters": 0}', "[1]"])
+def test_settings_to_measure_are_checked_first(text):
+    assert read_change("gen-l-video")["refine"] is False and read_change('{"steps": 9}') == dict(steps=9)
+    with pytest.raises(ValueError, match="neither one of syncos, gen-l-video, csd nor settings as JSON: "):
+        read_change(text)
+
+
+def test_a_verdict_needs_an_interval_on_one_side():
+    assert verdict([-0.3, -0.2, -0.4, -0.3], papers=-7.6) == "reproduced"
+    assert verdict([0.3, 0.2, 0.4, 0.3], papers=-7.6) == "not reproduced"
+    assert verdict([-0.3, 0.2, 0.4, -0.3], papers=-7.6) == "not distinguishable"
+    assert verdict([0.0, 0.0], papers=-7.6) == "not distinguishable"
+
+
+def test_tables_compare_scenario_by_scenario(capsys):
+    """Two rows, three scenarios, two steps: the printed means and differences are those of `long_video`."""
+    done, few = {}, dict(steps=2, csd_iters=1)
+    rows = {name: (TABLES[name][0] | few, TABLES[name][1]) for name in ("SynCoS", "Gen-L-Video")}
+    compare(Exact(), range(3), rows, done, done.__setitem__)
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    column = table[0].index("distance x 1000")
+    a, b = ([long_video(Exact(), seed, rows[name][0], done, None)["distance x 1000"] for seed in range(3)]
+            for name in rows)  # fmt: skip
+    mean = lambda cell: float(cell.split(" ")[0])  # noqa: E731
+    assert [row[0] for row in table[2:4]] == list(rows)
+    assert mean(table[2][column]) == pytest.approx(sum(a) / 3, abs=0.006)
+    assert mean(table[3][column]) == pytest.approx(sum(b) / 3, abs=0.006)
+    assert mean(table[-1][column]) == pytest.approx((sum(b) - sum(a)) / 3, abs=0.006)
+    assert "(paper: 0.813 - 0.889) *" in table[-1][1] and "reproduced" not in table[-1][column]
 
 
 def test_the_learning_rate_fades():
