@@ -281,7 +281,7 @@ class OpenSoraPlan(Backbone):
         tiling: bool = False,
         decoder_only: bool = False,
     ):
-        from opensora_plan import OpenSoraPlanPipeline
+        from models.opensora_plan import OpenSoraPlanPipeline
 
         super().__init__(device, dtype, guidance_scale)
         self.scheduler = OPENSORA_PLAN_SCHEDULER
@@ -293,7 +293,7 @@ class OpenSoraPlan(Backbone):
     @staticmethod
     def measure(model: str) -> dict[str, Any]:
         """Window (latent frames) and latent shape (C, H, W) of a model, from its configuration."""
-        from opensora_plan import TRANSFORMER, OpenSoraT2V_v1_3
+        from models.opensora_plan import TRANSFORMER, OpenSoraT2V_v1_3
 
         try:
             c = OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER)

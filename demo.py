@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import prompts as P
+from videos import check_device, check_output, contact_sheet, device_kind, read_tensors, write_tensors, write_video
 
 PRESETS = {  # changes to a backbone's own settings
     "paper": dict(t_min=800, csd_iters=20),
-    "fast": dict(csd_iters=2),  # ours: in the tiny world more iterations hardly add coherence (tiny/measure.py chart)
+    "fast": dict(csd_iters=2),  # ours: in the tiny world more hardly help (measure/reproduce.py chart)
 }
 
 
@@ -77,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--fps", type=int, help=f"frames per second {own}")
     group.add_argument("--save_latents", action="store_true", help="keep the latents (.safetensors beside the video)")
     group.add_argument("--trace", type=Path, metavar="FILE", help="how the estimates developed (.safetensors); "
-                       "evaluate.py --trajectories FILE draws it")  # fmt: skip
+                       "measure/evaluate.py --trajectories FILE draws it")  # fmt: skip
     group.add_argument("--decode", type=Path, metavar="FILE", help="decode saved latents; no sampling")
     group.add_argument("--plan", action="store_true", help="print the plan and stop")
 
@@ -174,33 +175,11 @@ def choose_recipe(args: argparse.Namespace, backbone: str, model: str | None) ->
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if device == "cpu" and recipe.needs_gpu:
             raise ValueError(f"--backbone {backbone} needs a GPU and there is none; --device cpu tries all the same.")
-    kind = check_device(device)
+    kind = device_kind(device)
+    check_device(device)
     if kind == "cpu" and args.offload != "none":
         raise ValueError("--offload moves parts of the model between GPU and CPU; on the CPU leave it out.")
     return recipe, device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
-
-
-def check_device(device: str) -> str:
-    """cuda, mps or cpu: the kind of a device. Raises ValueError if it is not there."""
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"There is no device {device}; use cuda, mps or cpu.") from None
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, False):
-        raise ValueError(f"--device {device} is not available here; use --device cpu.")
-    return kind
-
-
-def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
-    if path.suffix not in suffixes:
-        raise ValueError(f"{path} must end in {' or '.join(suffixes)}.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"The folder of {path} does not exist; make it first.")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written; name another file.")
 
 
 def latent_frames(num_frames: int, recipe: Any) -> int:
@@ -261,29 +240,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
-    """Safetensors with `about` in its metadata. Written whole or not at all."""
-    from safetensors.torch import save_file
-
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"syncos": json.dumps(about | dict(what=what, names=list(tensors)))})
-    os.replace(partial, path)
-
-
-def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises ValueError if the file is missing, damaged or something else."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["syncos"])
-            if about["what"] != what:
-                raise KeyError(what)
-            return {name: file.get_tensor(name) for name in about["names"]}, about
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} holds no {what} that this program saved ({type(error).__name__}).") from None
 
 
 @dataclass
@@ -368,70 +324,6 @@ def sample(
             state.done[name] = syncos(predict_x0, latents.to(plan.device), *args).cpu()
         state.step, state.now = 0, {}
     return state.done
-
-
-def write_video(path: Path, frames: Iterator, fps: int) -> None:
-    """Frames, H x W x 3 uint8, as mp4 or gif; small ones enlarged to about 256 rows. Written whole or not at all."""
-    import imageio.v2 as imageio
-
-    partial = path.with_name(path.stem + ".partial" + path.suffix)
-    if path.suffix == ".mp4":
-        options = dict(fps=fps, codec="libx264", quality=8, macro_block_size=2, output_params=["-loglevel", "error"])
-    else:
-        options = dict(duration=1000 / fps, loop=0)
-    writer = imageio.get_writer(partial, **options)
-    try:
-        for frame in frames:
-            zoom = max(1, 256 // len(frame))
-            writer.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
-
-
-def contact_sheet(path: Path, picked: dict[str, dict[int, Any]], rows: list[tuple[list[int], str]], title: str) -> None:
-    """A PNG: for each event a row of frames for each method, the prompt below.
-
-    picked: method -> video frame number -> picture; rows: the frame numbers and the prompt of each event.
-    """
-    from textwrap import wrap
-
-    from PIL import Image, ImageDraw, ImageFont
-
-    first = next(iter(next(iter(picked.values())).values()))
-    height, width = first.shape[:2]
-    w, gap, font = 144, 6, ImageFont.load_default(15)
-    h, across = round(w * height / width), max(len(numbers) for numbers, _ in rows)
-    label = 0 if len(picked) == 1 else 110
-    chars = max(20, int((across * (w + gap)) / 7.6))
-    texts = [wrap(text, chars) for _, text in rows]
-    head = wrap(title, chars)
-    total = (len(head) + 1) * 19 + sum(len(picked) * (h + 18 + gap) + len(t) * 19 + 16 for t in texts)
-    sheet = Image.new("RGB", (label + across * (w + gap) + gap, total), "white")
-    draw, y = ImageDraw.Draw(sheet), gap
-    for line in head:
-        draw.text((label + gap, y), line, "black", font)
-        y += 19
-    y += 8
-    for (numbers, _), text in zip(rows, texts):
-        for name, frames in picked.items():
-            if label:
-                draw.text((gap, y + h // 2 - 8), name, "black", font)
-            for column, number in enumerate(numbers):
-                x = label + gap + column * (w + gap)
-                picture = Image.fromarray(frames[number])
-                sheet.paste(picture.resize((w, h), Image.NEAREST if w > width else Image.LANCZOS), (x, y))
-                draw.text((x, y + h), str(number), "gray", ImageFont.load_default(12))
-            y += h + 18 + gap
-        for line in text:
-            draw.text((label + gap, y), line, "black", font)
-            y += 19
-        y += 16
-    partial = path.with_name(path.stem + ".partial.png")
-    sheet.save(partial)
-    os.replace(partial, path)
 
 
 def show(path: Path, backbone: Any, latents: dict[str, Any], about: dict[str, Any], fps: int) -> None:

@@ -10,8 +10,8 @@ from conftest import make_tokenizer
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 import evaluate as E
-from demo import write_tensors
 from syncos import make_windows
+from videos import write_tensors
 
 STORY = {"global": "a red fox", "local": ["it runs", "it jumps", "it sleeps"]}
 FRAMES = 81  # 21 latents: 3 windows of 13

@@ -15,7 +15,7 @@ from transformers import MT5Config, MT5EncoderModel
 
 import demo
 from backbones import RECIPES, OpenSoraPlan, get_recipe
-from opensora_plan import (
+from models.opensora_plan import (
     OpenSoraT2V_v1_3,
     WFVAEDecoder,
     from_sets,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import world as W
 from backbones import RECIPES, get_recipe
-from measure import TABLES, Exact, FadingAdamW, TinyModel, compare, consistency_of, long_video, read_change, verdict
+from reproduce import TABLES, Exact, TinyModel, compare, consistency_of, long_video, read_change, verdict
 from syncos import implied_noise, revert
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,7 @@ def test_unknown_words_get_one_warning(backbone):
 
 
 def test_single_clips_show_what_they_are_told_to():
-    """Four clips in 20 steps (tiny/measure.py does 200 in 50); one mistake of the sixteen is forgiven."""
+    """Four clips in 20 steps (measure/reproduce.py does 200 in 50); one mistake of the sixteen is forgiven."""
     stories = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]])
     captions = [W.caption(s) for s in stories]
     model = TinyModel(str(CHECKPOINT), "float32")
@@ -131,10 +131,10 @@ def test_exact_denoiser_is_the_posterior_mean_and_reads_its_clips_back():
 
 def test_long_videos_are_measured_once(monkeypatch):
     kept = {}
-    values = long_video(Exact(), 0, dict(csd_iters=2, fade=0.7), kept, kept.__setitem__)
+    values = long_video(Exact(), 0, dict(csd_iters=2), kept, kept.__setitem__)
     assert len(kept) == 1 and values["evaluations"] == 500 + 34 * 2 * 4
-    monkeypatch.setattr("measure.syncos", None)
-    assert long_video(Exact(), 0, dict(csd_iters=2, fade=0.7), kept, None) == values
+    monkeypatch.setattr("reproduce.syncos", None)
+    assert long_video(Exact(), 0, dict(csd_iters=2), kept, None) == values
 
 
 def test_consistency_of_what_windows_show():
@@ -173,16 +173,6 @@ def test_tables_compare_scenario_by_scenario(capsys):
     assert mean(table[3][column]) == pytest.approx(sum(b) / 3, abs=0.006)
     assert mean(table[-1][column]) == pytest.approx((sum(b) - sum(a)) / 3, abs=0.006)
     assert "(paper: 0.813 - 0.889) *" in table[-1][1] and "reproduced" not in table[-1][column]
-
-
-def test_the_learning_rate_fades():
-    x = torch.zeros(1)
-    optimizer, path = FadingAdamW([x], fade=0.5, lr=1.0), []
-    for _ in range(3):
-        x.grad = torch.ones(1)
-        optimizer.step()
-        path.append(x.item())
-    assert path == pytest.approx([-1, -1.5 + 0.005, -1.75 + 0.005], abs=0.02)
 
 
 def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):

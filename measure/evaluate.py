@@ -1,8 +1,7 @@
 """Measure a video: does it stay one video, does it do what its story says, does it move?
 
-    python evaluate.py VIDEO --story story.json      {"global": "...", "local": ["...", ...]}, or --scenario NAME
-    python evaluate.py --trajectories trace.safetensors          a picture of what `demo.py --trace` recorded
-    python evaluate.py --reproduce                               the paper's tables, in the tiny world
+    python measure/evaluate.py VIDEO --story story.json     {"global": "...", "local": ["...", ...]}, or --scenario NAME
+    python measure/evaluate.py --trajectories trace.safetensors     a picture of what `demo.py --trace` recorded
 
 The first prints the measures and writes them, with the curve of drift, to VIDEO's name with .scores.json:
 
@@ -26,10 +25,9 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import prompts as P
-from demo import check_device, check_output, read_tensors
-from syncos import make_windows
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import prompts as P  # noqa: E402
+from syncos import make_windows  # noqa: E402
+from videos import check_device, check_output, read_frames, read_tensors  # noqa: E402
 
 DINO, CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32"
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean and deviation of the training images
@@ -169,19 +169,6 @@ def shorter_side(x: Tensor, size: int, mode: str) -> Tensor:
 # A video
 
 
-def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
-    """The frames of a video file, H x W x 3 uint8, one by one, and its frame rate. Raises ValueError if it has none."""
-    import imageio.v2 as imageio
-
-    try:
-        reader = imageio.get_reader(path)
-        fps = reader.get_meta_data().get("fps", 8)
-        first = reader.get_data(0)
-    except Exception as error:  # whatever the decoder says
-        raise ValueError(f"{path} is no video that can be read ({type(error).__name__}).") from error
-    return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
-
-
 def place_story(path: Path, story: P.Story, window: int, stride: int) -> tuple[list[slice], list[tuple[int, int]]]:
     """How a video was made: its windows, in latent frames, and from which to which video frame each event lasts.
 
@@ -290,7 +277,6 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}')
     group.add_argument("--scenario", choices=P.SCENARIOS, metavar="NAME", help="a ready story of demo.py")
     group.add_argument("--trajectories", type=Path, metavar="FILE", help="draw a trace into FILE's name with .png")
-    group.add_argument("--reproduce", action="store_true", help="same as tiny/measure.py reproduce")
     parser.add_argument("--window", type=int, default=13, help="of the video's windows, latent frames (default: 13)")
     parser.add_argument("--stride", type=int, default=4, help="between them, latent frames (default: 4)")
     parser.add_argument("--dino", default=DINO, help="hub id or folder (default: %(default)s)")
@@ -299,8 +285,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="frames through a network at once (default: 16)")
     parser.add_argument("--output_path", type=Path, help="(default: VIDEO's name with .scores.json)")
     args = parser.parse_args(argv)
-    if args.reproduce:
-        raise SystemExit(subprocess.call([sys.executable, Path(__file__).parent / "tiny" / "measure.py", "reproduce"]))
     try:
         if args.trajectories:
             path = args.output_path or args.trajectories.with_suffix(".png")

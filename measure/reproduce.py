@@ -1,15 +1,15 @@
 """Measure what the tiny world shows: single clips, and four-event videos whose colour and place are left open.
 
-    python tiny/measure.py quality      single clips of full captions: the share that is right in shape, colour, place
-                                        and action
-    python tiny/measure.py coherence    four-event videos, SynCoS against Gen-L-Video or any settings: do the windows
-                                        show one identity (colour and place), do they follow their prompts
-    python tiny/measure.py chart        the same against the number of model evaluations, for many settings
-    python tiny/measure.py reproduce    the same for the rows of the paper's Tables 1 to 3, in fewer denoising steps
+    python measure/reproduce.py quality      single clips of full captions: the share that is right in shape, colour,
+                                             place and action
+    python measure/reproduce.py coherence    four-event videos, SynCoS against Gen-L-Video or any settings: do the
+                                             windows show one identity (colour and place), do they follow their prompts
+    python measure/reproduce.py chart        the same against the number of model evaluations, for many settings
+    python measure/reproduce.py tables       the same for the rows of the paper's Tables 1 to 3, in fewer steps
 
 Two denoisers: "tiny", the trained model, read by fitting the world's own renderer to its frames, and "exact", the
-posterior mean over a few hundred rendered clips, which needs no training. Each result is kept in tiny/work/ as it
-comes; the same command goes on where it was stopped.
+posterior mean over a few hundred rendered clips, which needs no training. Each result is kept in a file as it comes;
+the same command goes on where it was stopped.
 """
 
 import argparse
@@ -23,15 +23,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
 import world as W  # noqa: E402
 from backbones import get_recipe  # noqa: E402
@@ -199,26 +198,13 @@ def consistency_of(labels: Sequence) -> float:
     return consistency(F.one_hot(index).float())
 
 
-class FadingAdamW(torch.optim.AdamW):
-    """Its learning rate falls to `fade` times itself with every step."""
-
-    def __init__(self, params, fade: float, **options):
-        super().__init__(params, **options)
-        self.fade = fade
-
-    def step(self):
-        super().step()
-        for group in self.param_groups:
-            group["lr"] *= self.fade
-
-
 def read_change(text: str) -> dict:
     """A method's name, or settings as JSON, as a change for `long_video`. Raises ValueError."""
     if text in METHODS:
         return METHODS[text]
     try:
         change = json.loads(text)
-        ours = ("num_frames", "steps", "structured", "fade")
+        ours = ("num_frames", "steps", "structured")
         replace(get_recipe("tiny").settings, **{k: v for k, v in change.items() if k not in ours})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{text} is neither one of {', '.join(METHODS)} nor settings as JSON: {error}") from None
@@ -228,26 +214,23 @@ def read_change(text: str) -> dict:
 def long_video(model, seed: int, change: dict, done: dict, keep: Callable) -> dict[str, float]:
     """What a scenario's windows show, and its model evaluations, with some settings changed; from the same noise.
 
-    change: fields of Settings; num_frames; steps; structured, whether windows see the global prompt too; fade, what
-    FadingAdamW does to the learning rate within a step.
+    change: fields of Settings; num_frames; steps; structured, whether windows see the global prompt too.
     """
     change, recipe = dict(change), model.recipe
     frames, structured = change.pop("num_frames", recipe.num_frames), change.pop("structured", True)
-    steps, fade = change.pop("steps", recipe.num_inference_steps), change.pop("fade", None)
+    steps = change.pop("steps", recipe.num_inference_steps)
     settings = replace(recipe.settings, **change)
     levels = model.levels(steps)
     windows = make_windows((frames - 1) // 4 + 1, recipe.window, settings.stride)
     story, actions, shape = scenario(seed)
     events = assign_events(windows, len(actions))
-    key = f"long {model.name} {settings} {frames} {steps} {fade} {seed}" + " local" * (not structured)
+    key = f"long {model.name} {settings} {frames} {steps} {seed}" + " local" * (not structured)
     if key not in done:
         prompts = [story.event_prompts(structured)[e] for e in events]
         model.encode(prompts)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(windows[-1].stop, *recipe.latent, generator=generator)
-        optimizer = functools.partial(FadingAdamW, fade=fade) if fade else torch.optim.AdamW
-        with patch.object(torch.optim, "AdamW", optimizer):
-            x = syncos(model.predict_x0, noise, levels, windows, prompts, settings, generator)
+        x = syncos(model.predict_x0, noise, levels, windows, prompts, settings, generator)
         keep(key, model.read(x, windows))
     seen, count = done[key], count_evaluations(levels, windows, settings)
     shapes, colors, places, _ = zip(*seen["fits"])
@@ -271,7 +254,6 @@ CHART = {  # what is changed from that
     "SynCoS, t_min 300 to 800": [dict(t_min=t) for t in (300, 400, 500, 600, 800)],
     "SynCoS, the paper's t_min 800, 20 iterations": [dict(t_min=800, csd_iters=20)],
     "SynCoS, 2 iterations, t_min 300 to 600": [dict(csd_iters=2, t_min=t) for t in (300, 400, 500, 600)],
-    "SynCoS, learning rate times 0.7 an iteration": [dict(fade=0.7)],
     "SynCoS, B 2, 4, 10": [dict(csd_batch=n) for n in (2, 4, 10)],
 }
 EXACT = {  # with the exact denoiser only: the trained model would take hours
@@ -385,15 +367,15 @@ def compare(model, seeds: range, rows: dict[str, tuple], done: dict, keep: Calla
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-SEEDS = dict(chart=(0, 20), coherence=(100, 120), reproduce=(100, 130))  # settings are chosen by the chart's alone
-REPRODUCE_STEPS = 20  # instead of 50: within half an hour on 2 cores
+SEEDS = dict(chart=(0, 20), coherence=(100, 120), tables=(100, 130))  # settings are chosen by the chart's alone
+TABLE_STEPS = 20  # instead of 50: within half an hour on 2 cores
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "coherence", "chart", "reproduce"])
+    parser.add_argument("what", choices=["quality", "coherence", "chart", "tables"])
     parser.add_argument("--denoisers", nargs="+", choices=["tiny", "exact"], help="(default: tiny; chart: both)")
-    parser.add_argument("--model", default=str(HERE / "checkpoint"), help="another tiny model's folder")
+    parser.add_argument("--model", default=str(ROOT / "tiny" / "checkpoint"), help="another tiny model's folder")
     fast = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
     parser.add_argument("--dtype", default=fast, help="of the tiny model (default: bfloat16 where it is fast)")
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
@@ -401,14 +383,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["syncos", "gen-l-video"], help="for coherence: names, or "
                         'changes to the settings as JSON, e.g. \'{"t_min": 600, "steps": 25}\'')  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the scenarios")
-    parser.add_argument("--output_path", type=Path, default=HERE / "chart.png", help="for chart")
+    parser.add_argument("--output_path", type=Path, default=Path("chart.png"), help="for chart (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("reproduce.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
     try:
         rows = {method: (read_change(method), None) for method in args.methods}
     except ValueError as error:
         parser.error(f"--methods: {error}")
-    if args.what == "reproduce":
-        rows = {name: (change | dict(steps=REPRODUCE_STEPS), paper) for name, (change, paper) in TABLES.items()}
+    if args.what == "tables":
+        rows = {name: (change | dict(steps=TABLE_STEPS), paper) for name, (change, paper) in TABLES.items()}
 
     if args.what != "quality":
         first, last = args.scenarios or SEEDS[args.what]
@@ -431,13 +414,11 @@ def main() -> None:
 
     make = {"exact": Exact, "tiny": lambda: TinyModel(args.model, args.dtype)}
     models = [make[name]() for name in args.denoisers or (["exact", "tiny"] if args.what == "chart" else ["tiny"])]
-    results = HERE / "work" / "measured.jsonl"
-    results.parent.mkdir(exist_ok=True)
-    done = dict(map(json.loads, results.read_text().splitlines())) if results.exists() else {}
+    done = dict(map(json.loads, args.results.read_text().splitlines())) if args.results.exists() else {}
 
     def keep(key, value):
         done[key] = json.loads(json.dumps(value))
-        with results.open("a") as file:
+        with args.results.open("a") as file:
             file.write(json.dumps([key, value]) + "\n")
 
     if args.what == "quality":

@@ -1,7 +1,7 @@
 """Measure the program: one table, every row from one run on one machine, so read the ratios and not the seconds.
 
-    python bench.py                         every row that this machine can show: minutes
-    python bench.py --only gradient length  some of: model overhead gradient length methods processes
+    python measure/bench.py                         every row that this machine can show: minutes
+    python measure/bench.py --only gradient length  some of: model overhead gradient length methods processes
 
 "2B" is a transformer of CogVideoX-2B's size with random weights. Memory is what a piece needs at its peak above what is
 there when it starts: of a GPU by torch's allocator, of a CPU process by the kernel's count (Linux).
@@ -10,6 +10,7 @@ there when it starts: of a GPU by torch's allocator, of a CPU process by the ker
 import argparse
 import functools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-import syncos as S
-from backbones import RECIPES, Recipe, across_processes, get_recipe
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import syncos as S  # noqa: E402
+from backbones import RECIPES, Recipe, across_processes, get_recipe  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG, TINY = RECIPES["cogvideox"], RECIPES["tiny"]

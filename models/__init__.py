@@ -1,0 +1,1 @@
+"""Ports of models that no maintained package has."""
