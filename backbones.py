@@ -28,34 +28,25 @@ from torch import Tensor
 from syncos import Level, PredictX0, Settings, diffusion_levels, to_x0
 
 
-def in_batches(predict_x0: PredictX0, size: int | None, done: Callable[[int], Any] = lambda n: None) -> PredictX0:
-    """`predict_x0` with at most `size` windows at a time (None: all), calling `done(windows)` after each batch."""
+def in_batches(predict_x0: PredictX0, size: int, done: Callable[[int], Any] = lambda n: None) -> PredictX0:
+    """`predict_x0` with at most `size` windows at a time, calling `done(windows)` after each batch.
+
+    Under torch.distributed the batches are shared out among the processes, and all get all results. Whole batches, so
+    that every matrix product has the size that it has in one process: the result is the same bit for bit.
+    """
 
     def predict(latents: Tensor, t: float, prompts: list[str]) -> Tensor:
-        step, out = size or len(prompts), []
-        for i in range(0, len(prompts), step):
-            out.append(predict_x0(latents[i : i + step], t, prompts[i : i + step]))
-            done(len(out[-1]))
-        return torch.cat(out)
-
-    return predict
-
-
-def across_processes(predict_x0: PredictX0) -> PredictX0:
-    """`predict_x0` with the windows shared out evenly among the processes of torch.distributed; all get all results."""
-
-    def predict(latents: Tensor, t: float, prompts: list[str]) -> Tensor:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        shares = [list(range(len(prompts)))[r::world] for r in range(world)]
-        out = torch.zeros(len(shares[0]), *latents.shape[1:], device=latents.device)  # rank 0 has the most
-        if mine := shares[rank]:
-            out[: len(mine)] = predict_x0(latents[mine], t, [prompts[i] for i in mine])
-        parts = [torch.empty_like(out) for _ in range(world)]
-        dist.all_gather(parts, out)
-        whole = torch.empty_like(latents)
-        for share, part in zip(shares, parts):
-            whole[share] = part[: len(share)]
-        return whole
+        several = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        out = torch.zeros_like(latents)
+        for n, i in enumerate(range(0, len(prompts), size)):
+            batch = slice(i, i + size)
+            if n % world == rank:
+                out[batch] = predict_x0(latents[batch], t, prompts[batch])
+            done(len(prompts[batch]))
+        if world > 1:
+            dist.all_reduce(out)  # each window is one process's, and zero in all others
+        return out
 
     return predict
 
@@ -360,7 +351,7 @@ class Recipe:
     guidance_scale: float = 6.0
     fps: int = 8
     needs_gpu: bool = True
-    window_batch: int | None = 1  # windows through the model at once; None: all
+    window_batch: int = 1  # windows through the model at once
 
 
 COGVIDEOX_SCHEDULER = dict(
@@ -389,7 +380,7 @@ RECIPES = {
         guidance_scale=4.0,  # ours: cleaner pictures than 6
         fps=16,
         needs_gpu=False,
-        window_batch=None,
+        window_batch=2,
     ),
     "cogvideox": Recipe(
         backbone=CogVideoX,

@@ -285,17 +285,13 @@ def sample(
     Goes on from `state` and keeps it up to date, in `path` too if there is one; look(method, step, x0) after each step.
     """
     import torch
-    import torch.distributed as dist
     from tqdm import tqdm
 
-    from backbones import across_processes, in_batches
+    from backbones import in_batches
     from syncos import count_evaluations, syncos
 
     levels = backbone.levels(plan.recipe.num_inference_steps)
     counts = plan.evaluations(levels)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    predict = across_processes(backbone.predict_x0) if world > 1 else backbone.predict_x0
-    batch = plan.recipe.window_batch and plan.recipe.window_batch * world
 
     for name, settings in plan.methods.items():
         if name in state.done:
@@ -319,7 +315,7 @@ def sample(
         behind = count_evaluations(levels[: state.step + 1], plan.windows, settings)
         quiet = not main_process()
         with tqdm(total=counts[name], initial=behind, desc=name, unit="window", smoothing=0.05, disable=quiet) as bar:
-            predict_x0 = in_batches(predict, batch, bar.update)
+            predict_x0 = in_batches(backbone.predict_x0, plan.recipe.window_batch, bar.update)
             args = (levels, plan.windows, plan.prompts, settings, generator, keep, state.step, x0)
             state.done[name] = syncos(predict_x0, latents.to(plan.device), *args).cpu()
         state.step, state.now = 0, {}

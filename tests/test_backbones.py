@@ -67,14 +67,14 @@ def test_prompts_are_encoded_once_and_then_the_encoder_may_go(backbone):
     assert backbone.predict_x0(randn(2, 5, 4, 2, 4), 999, ["it sleeps", PROMPT]).shape == (2, 5, 4, 2, 4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, None])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_window_batch_changes_nothing(backbone, size):
     backbone.levels(5)
     seen = []
     x, prompts = randn(3, 5, 4, 2, 4), [PROMPT, "it runs", PROMPT]
     whole = backbone.predict_x0(x, 599, prompts)
     split = in_batches(backbone.predict_x0, size, seen.append)(x, 599, prompts)
-    assert maxdiff(whole, split) < 1e-5 and sum(seen) == 3 and max(seen) == (size or 3)
+    assert maxdiff(whole, split) < 1e-5 and sum(seen) == 3 and max(seen) == min(size, 3)
     assert maxdiff(whole[0], whole[1]) > 1e-3
 
 

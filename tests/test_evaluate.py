@@ -171,35 +171,3 @@ def test_trajectories_are_drawn(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         E.main(["--trajectories", str(tmp_path / "latents.safetensors")])
     assert stop.value.code == 2 and "holds no trace" in capsys.readouterr().err
-
-
-def test_reproduce_starts_the_tables(monkeypatch):
-    calls = []
-    monkeypatch.setattr(E.subprocess, "call", lambda command: calls.append(command) or 0)
-    with pytest.raises(SystemExit) as stop:
-        E.main(["--reproduce"])
-    assert stop.value.code == 0 and calls[0][1].exists() and calls[0][2:] == ["reproduce"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(video="missing.mp4"), "is no video that can be read"),
-        (dict(video="story.json"), "is no video that can be read"),
-        (dict(video="one.mp4"), "at least two"),
-        (dict(local=["it runs"] * 9), "9 events do not fit into 3 windows"),
-        (dict(dino="nowhere/nothing"), "Cannot load"),
-        (dict(batch="0"), "at least 1"),
-        (dict(device="nowhere"), "There is no device nowhere"),
-    ],
-)
-def test_bad_input_is_refused_in_a_sentence(change, message, videos, networks, tmp_path, capsys):
-    imageio.mimwrite(videos / "one.mp4", np.zeros((1, 64, 96, 3), np.uint8), fps=8, macro_block_size=2)
-    (tmp_path / "story.json").write_text(json.dumps(STORY | {k: v for k, v in change.items() if k == "local"}))
-    options = ["--story", str(tmp_path / "story.json"), "--dino", change.get("dino", str(networks / "dino"))]
-    options += ["--clip", str(networks / "clip"), "--batch", change.get("batch", "7")]
-    options += ["--device", change.get("device", "cpu")]
-    with pytest.raises(SystemExit) as stop:
-        E.main([str(videos / change.get("video", "still.mp4")), *options])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
