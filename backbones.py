@@ -45,7 +45,10 @@ def in_batches(predict_x0: PredictX0, size: int, done: Callable[[int], Any] = la
                 out[batch] = predict_x0(latents[batch], t, prompts[batch])
             done(len(prompts[batch]))
         if world > 1:
-            dist.all_reduce(out)  # each window is one process's, and zero in all others
+            try:
+                dist.all_reduce(out)  # each window is one process's, and zero in all others
+            except RuntimeError as error:
+                raise ConnectionError("Another process has stopped.") from error
         return out
 
     return predict
@@ -91,6 +94,12 @@ class Backbone:
         for text in dict.fromkeys([self.negative_prompt, *prompts]):
             if text not in self.texts:
                 self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(text))
+
+    def load(self, decoder_only=False):
+        self.release_text_encoder()  # SHIM
+
+    def release_transformer(self):
+        pass  # SHIM
 
     def release_text_encoder(self) -> None:
         """Free the text encoder's memory, about 10 GB with the big models. `encode` cannot be called after this."""

@@ -12,16 +12,17 @@ import argparse
 import atexit
 import json
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import prompts as P
-from videos import check_device, check_output, contact_sheet, device_kind, read_tensors, write_tensors, write_video
+import videos as V
 
 PRESETS = {  # changes to a backbone's own settings
     "paper": dict(t_min=800, csd_iters=20),
@@ -92,6 +93,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+LIMITS = {  # of numbers, both ends included; what settings must fulfil besides, `syncos.Settings` checks
+    "seed": (0, 2**64 - 1), "num_inference_steps": (1, 1000), "t_min": (-1, 1000), "num_frames": (1, 10**6),
+    "guidance_scale": (0, 100), "csd_lr": (0, 100), "fps": (1, 1000), "window_batch": (1, 10**6),
+    "height": (1, 10**4), "width": (1, 10**4), "window_frames": (1, 10**4), "save_every": (1, 10**6),
+    "preview": (1, 10**6),
+}  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The plan: everything that can be known, and refused, before a model is loaded
 
@@ -123,10 +132,10 @@ class Plan:
         return json.loads(json.dumps(about))
 
     def describe(self) -> str:
-        r = self.recipe
+        from syncos import refine_levels
+
+        r, settings = self.recipe, list(self.methods.values())[-1]
         levels = r.backbone.make_levels(r.scheduler, r.num_inference_steps)
-        settings = list(self.methods.values())[-1]
-        counts = self.evaluations(levels)
         lines = [
             f"{r.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, guidance {r.guidance_scale:g}, "
             f"seed {self.seed}",
@@ -134,10 +143,14 @@ class Plan:
             f"{len(self.windows)} windows of {r.window}, stride {settings.stride}",
             f"{r.num_inference_steps} steps",
         ]
-        if settings.refine:
-            lines[-1] += f"; stage 2 above t = {settings.t_min:g}: {settings.csd_iters} iterations of "
+        refined = [x for i, x in enumerate(levels[:-1]) if x.alpha > 0 and refine_levels(i, levels, settings)]
+        if refined:
+            lines[-1] += f"; stage 2 above t = {settings.t_min:g}, in {len(refined)} of them, down to alpha/sigma = "
+            lines[-1] += f"{refined[-1].alpha / refined[-1].sigma:.2g}: {settings.csd_iters} iterations of "
             lines[-1] += f"{min(settings.csd_batch, len(self.windows))} windows, learning rate {settings.csd_lr:g}"
-        lines += [f"{name}: {count} model evaluations (windows)" for name, count in counts.items()]
+        elif settings.refine:
+            lines[-1] += f"; stage 2 never runs, for no t of the walk is above t_min = {settings.t_min:g}"
+        lines += [f"{name}: {n} model evaluations (windows)" for name, n in self.evaluations(levels).items()]
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
         for i, text in enumerate(self.story.local_prompts):
@@ -163,23 +176,35 @@ def choose_story(args: argparse.Namespace, default: str) -> P.Story:
     return P.SCENARIOS[name]
 
 
-def choose_recipe(args: argparse.Namespace, backbone: str, model: str | None) -> tuple[Any, str, Any]:
-    """The backbone's recipe and the device and dtype to run it with. Raises ValueError."""
+def choose_device(args: argparse.Namespace, recipe: Any) -> tuple[str, Any]:
+    """The device, which need not be there, and the dtype to run a recipe with. Raises ValueError."""
     import torch
 
-    from backbones import get_recipe
-
-    recipe = get_recipe(backbone, model)
-    device = args.device
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if device == "cpu" and recipe.needs_gpu:
-            raise ValueError(f"--backbone {backbone} needs a GPU and there is none; --device cpu tries all the same.")
-    kind = device_kind(device)
-    check_device(device)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = args.device or ("cuda" if best == "cpu" and recipe.needs_gpu else best)
+    kind = V.device_kind(device)
     if kind == "cpu" and args.offload != "none":
         raise ValueError("--offload moves parts of the model between GPU and CPU; on the CPU leave it out.")
-    return recipe, device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+    return device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+
+
+def choose_methods(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The settings of each method that is asked for. Raises ValueError."""
+    from syncos import ABLATIONS, METHODS
+
+    known = [*ABLATIONS, "structured-prompt"]
+    if unknown := [part for part in args.ablate if part not in known]:
+        raise ValueError(f"--ablate {unknown[0]} is not known; choose from {', '.join(known)}.")
+    if args.ablate and (args.method != "syncos" or args.compare is not None):
+        raise ValueError("--ablate takes parts of SynCoS away; it goes with neither another --method nor --compare.")
+    names = [args.method] if args.compare is None else args.compare or ["gen-l-video", "syncos"]
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"--compare {unknown[0]} is not known; choose from {', '.join(METHODS)}.")
+    methods = {name: replace(settings, **METHODS[name]) for name in names}
+    for part in args.ablate:
+        [(name, settings)] = methods.items()
+        methods = {f"{name} w/o {part}": replace(settings, **ABLATIONS.get(part, {}))}
+    return methods
 
 
 def latent_frames(num_frames: int, recipe: Any) -> int:
@@ -195,18 +220,40 @@ def latent_frames(num_frames: int, recipe: Any) -> int:
     return (num_frames - 1) // c + 1
 
 
+def check_files(args: argparse.Namespace) -> None:
+    """Raises ValueError if a file that the run may write cannot be written, or is another of its files."""
+    out, safe = args.output_path, (".safetensors",)
+    written = {"the video": (out, (".mp4", ".gif")), "its contact sheet": (out.with_suffix(".png"), (".png",))}
+    if not args.decode:
+        written["the latents"] = latents_file(args), safe
+        written["the state"] = args.state or args.resume or out.with_suffix(".state.safetensors"), safe
+    if args.trace:
+        written["the trace"] = args.trace, safe
+    for path, suffixes in written.values():
+        V.check_output(path, suffixes)
+    files = {what: path for what, (path, _) in written.items()} | {"what is decoded": args.decode}
+    if args.resume and args.state and args.resume.resolve() != args.state.resolve():
+        files["what is resumed"] = args.resume
+    V.check_distinct({what: path for what, path in files.items() if path})
+
+
+def latents_file(args: argparse.Namespace) -> Path:
+    """Where the latents wait for decoding, or stay."""
+    return args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
+
+
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything and plan the run. Raises ValueError, one sentence that says what is wrong and what to do."""
-    for name, low in dict(
-        num_inference_steps=1, window_batch=1, fps=1, guidance_scale=0, seed=0, save_every=1, preview=1
-    ).items():
+    for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"--{name} must be at least {low}, got {value}.")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
 
-    from syncos import ABLATIONS, METHODS, Settings, make_windows
+    from backbones import get_recipe
+    from syncos import make_windows
 
-    recipe, device, dtype = choose_recipe(args, args.backbone, args.model)
+    recipe = get_recipe(args.backbone, args.model)
+    device, dtype = choose_device(args, recipe)
     given = {k: v for k, v in vars(args).items() if v is not None}
     pick = lambda *names: {k: given[k] for k in names if k in given}  # noqa: E731
     if size := pick("height", "width", "window_frames"):
@@ -217,19 +264,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     settings = replace(recipe.settings, **PRESETS.get(args.preset, {}) | given_settings)
     recipe = replace(recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch"))
 
-    known = [*ABLATIONS, "structured-prompt"]
-    if unknown := [part for part in args.ablate if part not in known]:
-        raise ValueError(f"--ablate {unknown[0]} is not known; choose from {', '.join(known)}.")
-    if args.ablate and (args.method != "syncos" or args.compare is not None):
-        raise ValueError("--ablate takes parts of SynCoS away; it goes with neither another --method nor --compare.")
-    names = [args.method] if args.compare is None else args.compare or ["gen-l-video", "syncos"]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"--compare {unknown[0]} is not known; choose from {', '.join(METHODS)}.")
-    methods: dict[str, Settings] = {name: replace(settings, **METHODS[name]) for name in names}
-    for part in args.ablate:
-        [(name, settings)] = methods.items()
-        methods = {f"{name} w/o {part}": replace(settings, **ABLATIONS.get(part, {}))}
-
+    methods = choose_methods(args, settings)
     story = choose_story(args, recipe.scenario)
     frames = latent_frames(recipe.num_frames, recipe)
     windows = make_windows(frames, recipe.window, settings.stride)
@@ -251,11 +286,14 @@ class State:
     step: int = 0  # steps done of the next one, and what it then had: latents, x0, generator
     now: dict[str, Any] = field(default_factory=dict)
     trace: dict[str, list] = field(default_factory=dict)  # of each method, the small x0 of each step
+    saved: bool = False  # is there a file of this run
 
     def save(self, path: Path) -> None:
+        """Raises OSError."""
         tensors = {f"done {k}": v for k, v in self.done.items()} | {f"now {k}": v for k, v in self.now.items()}
         tensors |= {f"trace {k}": v for k, v in self.traces().items()}
-        write_tensors(path, "state", tensors, dict(step=self.step, about=self.about))
+        V.write_tensors(path, "state", tensors, dict(step=self.step, about=self.about))
+        self.saved = True
 
     def traces(self) -> dict[str, Any]:
         """Of each method: steps x F x D."""
@@ -266,7 +304,7 @@ class State:
     @classmethod
     def read(cls, path: Path, about: dict[str, Any]) -> "State":
         """Raises ValueError if the file is not the state of a run like `about`."""
-        tensors, saved = read_tensors(path, "state")
+        tensors, saved = V.read_tensors(path, "state")
         for key, value in about.items():
             if saved["about"].get(key) != value:
                 raise ValueError(
@@ -274,7 +312,7 @@ class State:
                 )
         part = lambda kind: {k.split(" ", 1)[1]: v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
         traces = {name: list(trace) for name, trace in part("trace ").items()}
-        return cls(about, part("done "), saved["step"], part("now "), traces)
+        return cls(about, part("done "), saved["step"], part("now "), traces, saved=True)
 
 
 def sample(
@@ -322,36 +360,6 @@ def sample(
     return state.done
 
 
-def show(path: Path, backbone: Any, latents: dict[str, Any], about: dict[str, Any], fps: int) -> None:
-    """Decode, frame by frame, into the video (methods side by side) and the contact sheet beside it."""
-    import numpy as np
-    from tqdm import tqdm
-
-    total = about["num_frames"]
-    rows = []  # eight frames spread over each event's share of the video
-    for (start, stop), text in zip(about["spans"], about["local"]):
-        rows.append(([int(total * (start + (stop - start) * (k + 0.5) / 8)) for k in range(8)], text))
-    wanted = set(chain(*(numbers for numbers, _ in rows)))
-    picked: dict[str, dict[int, Any]] = {name: {} for name in latents}
-
-    def frames() -> Iterator:
-        streams = zip(*(backbone.decode(x) for x in latents.values()))
-        for number, row in enumerate(tqdm(streams, total=total, desc="decoding", unit="frame")):
-            if number in wanted:
-                for name, frame in zip(picked, row):
-                    picked[name][number] = frame
-            yield np.concatenate(row, axis=1)
-
-    write_video(path, frames(), fps)
-    contact_sheet(path.with_suffix(".png"), picked, rows, about["global"] or "")
-    print(f"Wrote {path} and {path.with_suffix('.png')}")
-
-
-def load(args: argparse.Namespace, recipe: Any, device: str, dtype: Any, **options: Any) -> Any:
-    """The backbone, with its weights. Raises ValueError if there are none to be had."""
-    return recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling, **options)
-
-
 def preview(path: Path, plan: Plan, backbone: Any, x0: Any, title: str) -> None:
     """A contact sheet of the estimate so far: one frame from the middle of each event, of three latent frames each."""
     picked, rows, c = {}, [], plan.recipe.frames_per_latent
@@ -360,43 +368,56 @@ def preview(path: Path, plan: Plan, backbone: Any, x0: Any, title: str) -> None:
         number = c * middle
         picked[number] = list(backbone.decode(x0[middle - 1 : middle + 2]))[c]
         rows.append(([number], text))
-    contact_sheet(path, {"": picked}, rows, title)
+    V.contact_sheet(path, {"": picked}, rows, title)
 
 
 OUT_OF_MEMORY = (
-    "The GPU's memory is not enough. What helps, the cheapest first: --window_batch 1, --vae_tiling (decoding), "
-    "--offload model, --offload sequential (much slower)."
+    "The GPU's memory is not enough. What helps, the cheapest first: --window_batch 1, --vae_tiling (decoding, "
+    "CogVideoX), --offload model, --offload sequential (much slower)."
 )
 
 
+def stopped(error: BaseException, safe: str) -> SystemExit:
+    """The end of a run that cannot go on: why, in a sentence, and what is safe on disk. One process speaks for all."""
+    why = {KeyboardInterrupt: "Stopped."}.get(type(error), str(error) if isinstance(error, OSError) else OUT_OF_MEMORY)
+    return SystemExit(f"{why} {safe}".strip() if main_process() else 1)
+
+
 def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> None:
-    """Encode, sample, save, show. The latents are on disk before decoding starts. Exits with what to do if stopped."""
+    """Sample, save, show. The latents are on disk before decoding starts. Exits with what to do if stopped."""
     import torch
 
-    backbone.encode(plan.prompts)
-    backbone.release_text_encoder()
-    if args.compile:
-        backbone.pipe.transformer.compile()
+    trouble = (KeyboardInterrupt, OSError, torch.OutOfMemoryError)
+    path = args.state or args.resume
 
     def look(method: str, step: int, x0: Any) -> None:
         if main_process() and (step + 1) % args.preview == 0:
             title = f"{method}, estimate after step {step + 1} of {plan.recipe.num_inference_steps}"
             preview(args.output_path.with_suffix(".preview.png"), plan, backbone, x0, title)
 
-    path = args.state or args.resume
+    def keep_state() -> str:
+        """Save the state, if there is something to save, and say how to go on."""
+        kept = path or args.output_path.with_suffix(".state.safetensors")
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if main_process() and (state.step or state.done):
+                state.save(kept)
+        except OSError:
+            pass  # an earlier step may be safe
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return f"The state is safe; the same command with --resume {kept} goes on." if state.saved else ""
+
     try:
         latents = sample(
             plan, backbone, state, path if main_process() else None, args.save_every, look if args.preview else None
         )
-    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        why = "Stopped." if isinstance(error, KeyboardInterrupt) else OUT_OF_MEMORY
-        if main_process() and (state.step or state.done):
-            path = path or args.output_path.with_suffix(".state.safetensors")
-            state.save(path)
-            why += f" The state is saved; the same command with --resume {path} goes on."
-        raise SystemExit(why) from None
+    except trouble as error:
+        raise stopped(error, keep_state()) from None
     if not main_process():
         return
+    backbone.release_transformer()
 
     about = dict(
         backbone=args.backbone,
@@ -407,20 +428,34 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
         spans=P.event_spans(plan.windows, plan.events),
         **{"global": plan.story.global_prompt, "local": plan.story.local_prompts},
     )
-    if args.trace:
-        write_tensors(args.trace, "trace", state.traces(), about)
-    saved = args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
-    write_tensors(saved, "latents", latents, about)
+    saved = latents_file(args)
+    try:
+        V.write_tensors(saved, "latents", latents, about)
+        if args.trace:
+            V.write_tensors(args.trace, "trace", state.traces(), about)
+    except trouble as error:
+        raise stopped(error, keep_state()) from None
     if path:
         path.unlink(missing_ok=True)
-    try:
-        show(args.output_path, backbone, latents, about, plan.recipe.fps)
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"{OUT_OF_MEMORY} The latents are saved; --decode {saved} --vae_tiling goes on.") from None
+
+    decode(args, backbone, latents, about, saved)
     if args.save_latents:
-        print(f"Kept the latents in {saved}; --decode {saved} decodes them again")
+        V.say(f"Kept the latents in {saved}; --decode {saved} decodes them again")
     else:
-        saved.unlink()
+        saved.unlink(missing_ok=True)
+
+
+def decode(args: argparse.Namespace, backbone: Any, latents: dict[str, Any], about: dict[str, Any], safe: Path) -> None:
+    """The video and its contact sheet; `safe` is where the latents can be decoded from again."""
+    import torch
+
+    fps, events = args.fps or about["fps"], list(zip(about["spans"], about["local"]))
+    try:
+        streams = {name: backbone.decode(x) for name, x in latents.items()}
+        V.write_story(args.output_path, streams, about["num_frames"], fps, events, about["global"])
+    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+        tiles = " --vae_tiling" * isinstance(error, torch.OutOfMemoryError)
+        raise stopped(error, f"The latents are safe; --decode {safe}{tiles} goes on.") from None
 
 
 def main_process() -> bool:
@@ -436,47 +471,75 @@ def join_processes(args: argparse.Namespace) -> None:
     if gpu:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))  # previews may take the first long
     atexit.register(dist.destroy_process_group)
     if not main_process():
         sys.stdout = open(os.devnull, "w")
+
+
+def load(args: argparse.Namespace, recipe: Any, device: str, dtype: Any) -> Any:
+    """The backbone. Raises ValueError if there is no such model."""
+    return recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling)
+
+
+def start(args: argparse.Namespace) -> Callable[[], None]:
+    """Check, plan and load; returns what is left to do. Raises ValueError if something is wrong with what was asked."""
+    import torch
+
+    from backbones import get_recipe
+
+    check_files(args)
+    if args.decode:
+        latents, about = V.read_tensors(args.decode, "latents")
+        recipe = get_recipe(about["backbone"], args.model or about["model"])
+        device, dtype = choose_device(args, recipe)
+        V.check_device(device)
+        backbone = load(args, recipe, device, dtype)
+        backbone.load(decoder_only=True)
+        return lambda: decode(args, backbone, latents, about, args.decode)
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        join_processes(args)
+    plan = make_plan(args)
+    state = State.read(args.resume, plan.about()) if args.resume else State(plan.about())
+    if not args.plan:
+        V.check_device(plan.device)
+    V.say(plan.describe())
+    if args.plan:
+        try:
+            V.check_device(plan.device)
+        except ValueError as error:
+            V.say(str(error))
+        return lambda: None
+
+    backbone = load(args, plan.recipe, plan.device, plan.dtype)
+    try:
+        backbone.encode(plan.prompts)
+        backbone.load()
+    except torch.OutOfMemoryError as error:
+        raise stopped(error, "") from None
+    if args.compile:
+        backbone.pipe.transformer.compile()
+    return lambda: run(args, plan, backbone, state)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"{message}\n"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what cluster schedulers send is a Ctrl-C
     if args.list_scenarios:
         for name, story in P.SCENARIOS.items():
-            print(f"{name}\n    {story.global_prompt}")
-            print("".join(f"    - {text}\n" for text in story.local_prompts), end="")
+            V.say("\n    ".join([name, story.global_prompt, *(f"- {text}" for text in story.local_prompts)]))
         return
-
-    try:  # whatever is wrong with what was asked shows here, before anything heavy
-        check_output(args.output_path, (".mp4", ".gif"))
-        for path in filter(None, (args.state, args.trace)):
-            check_output(path, (".safetensors",))
-        if args.decode:
-            latents, about = read_tensors(args.decode, "latents")
-            recipe, device, dtype = choose_recipe(args, about["backbone"], args.model or about["model"])
-            backbone = load(args, recipe, device, dtype, decoder_only=True)
-        else:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                join_processes(args)
-            plan = make_plan(args)
-            state = State.read(args.resume, plan.about()) if args.resume else State(plan.about())
-            print(plan.describe(), flush=True)
-            if args.plan:
-                return
-            backbone = load(args, plan.recipe, plan.device, plan.dtype)
+    try:
+        rest = start(args)
     except ValueError as error:
         parser.exit(2, f"demo.py: {error}\n" if main_process() else None)
-
-    if args.decode:
-        show(args.output_path, backbone, latents, about, args.fps or about["fps"])
-    else:
-        run(args, plan, backbone, state)
+    except KeyboardInterrupt as error:
+        raise stopped(error, "") from None
+    rest()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

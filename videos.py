@@ -6,8 +6,8 @@ Frames are H x W x 3 uint8 arrays, one at a time. Everything is written whole or
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from textwrap import wrap
@@ -47,7 +47,7 @@ def check_device(device: str) -> None:
 
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (torch.device(device).index or 0) >= count[device_kind(device)]:
-        raise ValueError(f"--device {device} is not available here; use --device cpu.")
+        raise ValueError(f"There is no {device} here; --device cpu takes the CPU, very slowly with a big model.")
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -121,31 +121,42 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
 
     try:
         reader = imageio.get_reader(path)
-        fps = reader.get_meta_data().get("fps", 8)
+        meta = reader.get_meta_data()
+        fps = meta.get("fps") or 1000 / meta["duration"]  # of a gif: milliseconds a frame
         first = reader.get_data(0)
     except Exception as error:  # whatever the decoder says
         raise ValueError(f"{path} is no video that can be read ({type(error).__name__}).") from error
     return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
     """Frames as mp4 or gif; small ones enlarged to about 256 rows. Raises OSError."""
-    import imageio.v2 as imageio
-    from imageio_ffmpeg import count_frames_and_secs
+    from imageio_ffmpeg import count_frames_and_secs, write_frames
 
-    mp4, written = path.suffix.lower() == ".mp4", 0
-    if mp4:
-        options = dict(fps=fps, codec="libx264", quality=8, macro_block_size=2, output_params=["-loglevel", "error"])
-    else:
-        options = dict(duration=1000 / fps, loop=0)
+    first = next(frames)
+    zoom = max(1, 256 // len(first))
+    size = (zoom * first.shape[1], zoom * first.shape[0])
+    if path.suffix.lower() == ".mp4":
+        options = dict(quality=8, macro_block_size=2, output_params=["-movflags", "+faststart"])  # plays everywhere
+    else:  # a palette of its own for each frame, so that ffmpeg need not keep them all
+        palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
+        options = dict(codec="gif", pix_fmt_out="pal8", macro_block_size=1, output_params=["-filter_complex", palette])
+    written = 0
     with replacing(path) as partial:
-        with imageio.get_writer(partial, **options) as writer:
-            for frame in frames:
-                zoom = max(1, 256 // len(frame))
-                writer.append_data(frame.repeat(zoom, 0).repeat(zoom, 1))
+        with closing(write_frames(str(partial), size, fps=fps, ffmpeg_log_level="quiet", **options)) as ffmpeg:
+            ffmpeg.send(None)
+            for frame in chain([first], frames):
                 written += 1
-        if mp4 and count_frames_and_secs(str(partial))[0] != written:  # ffmpeg does not say that the disk is full
-            raise OSError("not all frames arrived; is the disk full?")
+                try:
+                    ffmpeg.send(np.ascontiguousarray(frame.repeat(zoom, 0).repeat(zoom, 1)))
+                except OSError:
+                    break
+        try:  # when the disk is full ffmpeg ends in silence
+            complete = count_frames_and_secs(str(partial))[0] == written
+        except RuntimeError:
+            complete = False
+        if not complete:
+            raise OSError("ffmpeg could not finish it (is the disk full?)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,3 +203,38 @@ def contact_sheet(
         y += 16
     with replacing(path) as partial:
         sheet.save(partial)
+
+
+def write_story(
+    path: Path,
+    streams: dict[str, Iterator[np.ndarray]],
+    count: int,
+    fps: int,
+    events: list[tuple[tuple[float, float], str]],
+    title: str,
+) -> None:
+    """The video, methods side by side, and the contact sheet beside it, of frames that are taken one by one.
+
+    streams: method -> its `count` frames; events: from where to where, as shares of the video, and the prompt. Raises
+    OSError.
+    """
+    from tqdm import tqdm
+
+    rows = []  # eight frames spread over each event
+    for (start, stop), text in events:
+        rows.append(([int(count * (start + (stop - start) * (k + 0.5) / 8)) for k in range(8)], text))
+    wanted = set(chain(*(numbers for numbers, _ in rows)))
+    picked: dict[str, dict[int, np.ndarray]] = {name: {} for name in streams}
+
+    def frames() -> Iterator[np.ndarray]:
+        for number, row in enumerate(zip(*streams.values())):
+            if number in wanted:
+                for name, frame in zip(picked, row):
+                    picked[name][number] = frame
+            bar.update()
+            yield np.concatenate(row, axis=1)
+
+    with tqdm(total=count, desc="decoding", unit="frame") as bar:
+        write_video(path, frames(), fps)
+    contact_sheet(path.with_suffix(".png"), picked, rows, title)
+    say(f"Wrote {path} and {path.with_suffix('.png')}")

@@ -67,3 +67,11 @@ def pipeline_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     make_pipeline(request.param == "rotary").save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def base(pipeline_folder, tmp_path):
+    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows."""
+    words = f"--backbone cogvideox --model {pipeline_folder} --device cpu --num_frames 33 --num_inference_steps 4"
+    words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
+    return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]

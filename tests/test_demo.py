@@ -14,6 +14,7 @@ import torch
 import demo
 import prompts
 import syncos
+import videos
 from backbones import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -21,14 +22,6 @@ ROOT = Path(__file__).parent.parent
 
 def call(*words) -> None:
     demo.main([str(w) for w in words])
-
-
-@pytest.fixture
-def base(pipeline_folder, tmp_path):
-    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows."""
-    words = f"--backbone cogvideox --model {pipeline_folder} --device cpu --num_frames 33 --num_inference_steps 4"
-    words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
-    return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]
 
 
 def frames_of(path):
@@ -64,14 +57,14 @@ def test_same_seed_same_latents_whatever_the_window_batch(base, tmp_path):
     results = []
     for extra in ([], ["--window_batch", 2], ["--seed", 1]):
         call(*base, "--save_latents", *extra)
-        results.append(demo.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"])
+        results.append(videos.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"])
     assert (results[0] - results[1]).abs().max() < 1e-4
     assert (results[0] - results[2]).abs().max() > 1e-2
 
 
 def test_saved_latents_decode_to_the_same_video(base, tmp_path):
     call(*base, "--save_latents", "--compare")
-    latents, about = demo.read_tensors(tmp_path / "video.safetensors", "latents")
+    latents, about = videos.read_tensors(tmp_path / "video.safetensors", "latents")
     assert list(latents) == ["gen-l-video", "syncos"] and latents["syncos"].shape == (9, 4, 2, 4)
     assert about["global"] == "a red fox ." and about["local"] == ["it runs", "it jumps"]
     model = base[base.index("--model") + 1]
@@ -96,10 +89,10 @@ def test_a_trace_holds_every_step_of_every_method(base, tmp_path):
     call(
         *base, "--compare", "gen-l-video", "csd", "syncos", "--save_latents", "--trace", tmp_path / "trace.safetensors"
     )
-    traces, about = demo.read_tensors(tmp_path / "trace.safetensors", "trace")
+    traces, about = videos.read_tensors(tmp_path / "trace.safetensors", "trace")
     assert list(traces) == ["gen-l-video", "csd", "syncos"] and about["num_frames"] == 33
     assert all(trace.shape == (4, 9, 4 * 16) for trace in traces.values())  # steps, latent frames, 4 channels of 4 x 4
-    latents, _ = demo.read_tensors(tmp_path / "video.safetensors", "latents")
+    latents, _ = videos.read_tensors(tmp_path / "video.safetensors", "latents")
     for name, trace in traces.items():  # the last step ends clean: its estimate is the result
         small = torch.nn.functional.adaptive_avg_pool2d(latents[name], 4).flatten(1)
         assert torch.allclose(trace[-1], small, atol=1e-6)
@@ -133,8 +126,9 @@ def test_plan_stops_before_loading(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     call(*base, "--plan")
     assert "model evaluations" in capsys.readouterr().out and not list(tmp_path.iterdir())
-    call("--backbone", "cogvideox", "--device", "cpu", "--plan")  # needs no hub
+    call("--backbone", "cogvideox", "--plan")  # needs neither hub nor GPU
     out = capsys.readouterr().out
+    assert ("no cuda here" in out) != torch.cuda.is_available()
     assert "193 frames at 8 fps = 49 latent frames: 10 windows of 13, stride 4" in out
     assert "syncos: 1220 model evaluations" in out and "zai-org/CogVideoX-2b" in out
 
@@ -142,6 +136,8 @@ def test_plan_stops_before_loading(base, tmp_path, capsys, monkeypatch):
 def bad_inputs(tmp_path):
     (tmp_path / "bad.json").write_text('{"prompts": []}')
     (tmp_path / "noise.safetensors").write_bytes(b"nonsense")
+    state, other = str(tmp_path / "a.safetensors"), str(tmp_path / "sub" / ".." / "b.safetensors")
+    (tmp_path / "sub").mkdir(exist_ok=True)
     return {
         "no scenario nowhere": ["--scenario", "nowhere"],
         "Event 2 of 3 is empty": ["--prompt", "a || b"],
@@ -158,19 +154,32 @@ def bad_inputs(tmp_path):
         "is no CogVideoX pipeline": ["--model", str(tmp_path / "none")],
         "no backbone sora": ["--backbone", "sora"],
         "no device gpu": ["--device", "gpu"],
-        "cuda is not available": ["--device", "cuda"],
+        "no cuda here": ["--device", "cuda"],
         "--offload moves": ["--offload", "model"],
         "stage-9 is not known": ["--ablate", "stage-9"],
         "goes with neither": ["--ablate", "stage-1", "--method", "csd"],
         "csd_batch must be at least 1": ["--csd_batch", "0"],
         "--num_inference_steps must be": ["--num_inference_steps", "0"],
         "--guidance_scale must be": ["--guidance_scale", "nan"],
+        "--seed must be a number from 0 to 18446744073709551615": ["--seed", str(2**64)],
+        "--t_min must be a number from -1 to 1000, got nan": ["--t_min", "nan"],
+        "--t_min must be a number from -1 to 1000, got 5000": ["--t_min", "5000"],
+        "--csd_lr must be a number from 0 to 100, got inf": ["--csd_lr", "inf"],
+        "--guidance_scale must be a number from 0 to 100, got inf": ["--guidance_scale", "inf"],
+        "--num_inference_steps must be a number from 1 to 1000, got 2000": ["--num_inference_steps", "2000"],
+        "--height must be a number from 1 to": ["--backbone", "opensora-plan", "--height", "0"],
+        "--width must be a number from 1 to": ["--backbone", "opensora-plan", "--width", "-32"],
+        "would be both the state and the trace": ["--state", state, "--trace", state],
+        "would be both the latents and the state": ["--state", str(tmp_path / "video.undecoded.safetensors")],
+        "would be both the latents and the trace": ["--save_latents", "--trace", str(tmp_path / "video.safetensors")],
+        "would be both the trace and what is resumed": ["--state", state, "--resume", other, "--trace", other],
+        "would be both the state and the trace.* name": ["--trace", str(tmp_path / "video.state.safetensors")],
         "holds no latents": ["--decode", str(tmp_path / "noise.safetensors")],
         "holds no latents.*FileNotFound": ["--decode", str(tmp_path / "none.safetensors")],
     }
 
 
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", range(37))
 def test_bad_input_is_one_sentence_and_exit_2(base, tmp_path, capsys, monkeypatch, number):
     if torch.cuda.is_available() and "cuda" in list(bad_inputs(tmp_path))[number]:
         pytest.skip("there is a GPU")
@@ -197,7 +206,8 @@ def test_no_gpu_for_a_big_backbone(capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(SystemExit) as exit:
         call("--backbone", "cogvideox")
-    assert exit.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and "There is no cuda here; --device cpu" in captured.err and not captured.out
 
 
 def test_a_decoder_that_fails_leaves_the_old_video_and_the_latents(base, tmp_path, monkeypatch):

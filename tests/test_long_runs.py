@@ -11,21 +11,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import torch as safetensors
-from test_demo import base, call  # noqa: F401
+from test_demo import call
 
 import demo
+import videos
 from backbones import CogVideoX, in_batches
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def prepared(base):  # noqa: F811
+def prepared(base):
     """A small run's plan and backbone: 4 steps, 2 of them refined; 8 calls of the model in all."""
     args = demo.make_parser().parse_args(base)
     plan = demo.make_plan(args)
     backbone = demo.load(args, plan.recipe, plan.device, plan.dtype)
     backbone.encode(plan.prompts)
+    backbone.load()
     return plan, backbone
 
 
@@ -91,10 +93,10 @@ def test_a_kill_at_any_moment_costs_at_most_one_step(prepared, tmp_path, where, 
     assert torch.equal(resumed, whole) and len(steps) == left and len(state.trace["syncos"]) == 4
 
 
-def test_ctrl_c_saves_the_state_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_ctrl_c_saves_the_state_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):
     words = [*base, "--compare", "--save_latents"]
     call(*words)
-    whole = demo.read_tensors(tmp_path / "video.safetensors", "latents")[0]
+    whole = videos.read_tensors(tmp_path / "video.safetensors", "latents")[0]
     predict = CogVideoX.predict_x0
     calls = []
 
@@ -116,7 +118,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(base, tmp_path, monkeypatc
     monkeypatch.setattr(CogVideoX, "predict_x0", lambda self, *args: calls.append(1) or predict(self, *args))
     calls.clear()
     call(*words, "--resume", state)
-    resumed = demo.read_tensors(tmp_path / "video.safetensors", "latents")[0]
+    resumed = videos.read_tensors(tmp_path / "video.safetensors", "latents")[0]
     assert len(calls) < 24 and all(torch.equal(resumed[k], whole[k]) for k in whole) and not state.exists()
     state.write_bytes(b"damaged")
     with pytest.raises(SystemExit) as exit:
@@ -124,7 +126,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(base, tmp_path, monkeypatc
     assert exit.value.code == 2 and "holds no state that this program saved" in capsys.readouterr().err
 
 
-def test_no_memory_names_what_helps(base, tmp_path, monkeypatch):  # noqa: F811
+def test_no_memory_names_what_helps(base, tmp_path, monkeypatch):
     decode = CogVideoX.decode
 
     def full(*_):
@@ -140,10 +142,10 @@ def test_no_memory_names_what_helps(base, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(CogVideoX, "decode", decode)
 
 
-def test_preview_is_a_picture_of_each_event(base, tmp_path, monkeypatch):  # noqa: F811
+def test_preview_is_a_picture_of_each_event(base, tmp_path, monkeypatch):
     seen = []
-    sheet = demo.contact_sheet
-    monkeypatch.setattr(demo, "contact_sheet", lambda *args: (seen.append(args), sheet(*args)))
+    sheet = videos.contact_sheet
+    monkeypatch.setattr(videos, "contact_sheet", lambda *args: (seen.append(args), sheet(*args)))
     call(*base, "--preview", 2)
     previews = [args for args in seen if args[0].name == "video.preview.png"]
     assert [args[3] for args in previews] == [f"syncos, estimate after step {n} of 4" for n in (2, 4)]
@@ -200,15 +202,15 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert first == 1 and second == 7 and time.time() - started < 60
 
 
-def test_torchrun(base, tmp_path):  # noqa: F811
+def test_torchrun(base, tmp_path):
     call(*base, "--save_latents")
-    alone = demo.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"]
+    alone = videos.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"]
     (tmp_path / "video.safetensors").unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "demo.py")]
     done = subprocess.run(
         [*command, *base, "--save_latents"], cwd=ROOT, capture_output=True, text=True, check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    together = demo.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"]
+    together = videos.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"]
     assert torch.equal(alone, together)
     assert done.stdout.count("syncos: 24 model evaluations") == 1 and done.stderr.count("syncos:   0%") == 1  # one bar
