@@ -120,16 +120,27 @@ def make_windows(frames: int, size: int, stride: int) -> list[slice]:
     return [slice(s, s + size) for s in starts]
 
 
-def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tensor:
+def first_frames(windows: Sequence[slice]) -> list[int]:
+    """How many frames at the start of each window are of another kind, and in another window too: 1 or 0. [ours]
+
+    Causal video VAEs encode one video frame in the first latent frame of a clip and several in every other. Each window
+    is a clip to the model, so the first frame that it predicts is of the one-frame kind, which in the long video only
+    the very first is: averaged with its neighbours' it smears. A frame where no other window lies must count.
+    """
+    return [int(any(v.start < w.start < v.stop for v in windows)) for w in windows]
+
+
+def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int, skip: Sequence[int] | None = None) -> Tensor:
     """Average windows where they overlap: sum of values / number of windows (Fig. 5). Zero where no window lies.
 
-    parts: f x C x H x W each, one a window; taken one by one, so they may be made on the way. Returns F x C x H x W.
+    parts: f x C x H x W each, one a window; taken one by one, so they may be made on the way. skip: how many frames at
+    the start of each window stay out of the average; none by default, as in the paper. Returns F x C x H x W.
     """
     total, count = None, torch.zeros(frames)
-    for part, window in zip(parts, windows, strict=True):
+    for part, window, n in zip(parts, windows, skip or [0] * len(windows), strict=True):
         total = part.new_zeros(frames, *part.shape[1:]) if total is None else total
-        total[window] += part
-        count[window] += 1
+        total[window][n:] += part[n:]
+        count[window][n:] += 1
     return total / count.clamp(min=1).to(total).view(-1, *[1] * (total.ndim - 1))
 
 
@@ -145,12 +156,13 @@ def temporal_codenoise(
     windows: Sequence[slice],
     prompts: Sequence[str],
     batch: int = 8,
+    skip: Sequence[int] | None = None,
 ) -> Tensor:
     """Predict each window by its own prompt and fuse: x0 = fuse({predict_x0(x_t[window i], t, c_i)}) (stage 1, Fig. 5).
 
     latents: x_t of the long video, F x C x H x W; prompts: one a window. Returns x0, F x C x H x W, float32. Neighbours
     agree where they overlap; nothing ties distant windows together. Windows are cut out `batch` at a time, so that
-    memory does not grow with their number.
+    memory does not grow with their number. skip: see `fuse`.
     """
 
     def predictions() -> Iterator[Tensor]:
@@ -158,7 +170,7 @@ def temporal_codenoise(
             noisy = torch.stack([latents[w] for w in windows[i : i + batch]])  # B f C H W
             yield from predict_x0(noisy, t, list(prompts[i : i + batch])).float()
 
-    return fuse(predictions(), windows, len(latents))
+    return fuse(predictions(), windows, len(latents), skip)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,6 +234,7 @@ def csd_refine(
     batch: int = 4,
     lr: float = 0.5,
     weight_decay: float = 0.01,
+    skip: Sequence[int] | None = None,
 ) -> Tensor:
     """Refine x0 of the long video towards global coherence (stage 2, Fig. 5). Returns the new x0, F x C x H x W.
 
@@ -230,7 +243,8 @@ def csd_refine(
     meet in a minibatch: that is what makes the video one.
 
     levels: [the step's own level] grounds the timestep; several: a random one of them at each iteration (ablation).
-    noise: the baseline noise, F x C x H x W; None: new noise at each iteration (ablation). prompts: one a window.
+    noise: the baseline noise, F x C x H x W; None: new noise at each iteration (ablation). prompts: one a window. skip:
+    see `fuse`; of the picked windows the frames that it names get no gradient.
     iters x min(batch, windows) model evaluations. AdamW starts afresh at each call; its other settings are torch's
     defaults. [ours: the paper names AdamW and the learning rate]
 
@@ -252,7 +266,7 @@ def csd_refine(
         predicted = predict_x0(noisy, level.t, [prompts[i] for i in picked]).float()
 
         gradient = csd_gradient(clean, noisy, predicted, level)
-        x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0))
+        x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0), skip and [skip[i] for i in picked])
         optimizer.step()
     x0.grad = None
     return x0
@@ -291,6 +305,7 @@ class Settings:
     csd_batch: int = 4  # windows a minibatch [ours: about 4, from the paper's running times]
     csd_lr: float = 0.5  # AdamW's learning rate [paper: 0.5 to 1]
     csd_weight_decay: float = 0.01  # AdamW's default [ours]: shrinks x0 by 10 % in 20 iterations at lr 0.5
+    causal: bool = False  # the VAE is: fuse without the windows' `first_frames` [ours]; else the paper's plain average
 
     codenoise: bool = True  # stage 1. Without it x0 is the last step's; at the first step, noise
     refine: bool = True  # stage 2
@@ -367,6 +382,7 @@ def syncos(
         raise ValueError("The generator must be on the CPU, so that a seed gives the same video on every device.")
 
     s, x = settings, latents.float()
+    skip = first_frames(windows) if s.causal else None
     x0 = x if x0 is None else x0
     for step in range(start, len(levels) - 1):
         level, prev = levels[step], levels[step + 1]
@@ -374,7 +390,7 @@ def syncos(
 
         # stage 1: local
         if s.codenoise:
-            x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts)
+            x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts, skip=skip)
 
         # the noise that couples stages 2 and 3: one for both, or DDIM's own once stage 2 is over
         noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
@@ -383,7 +399,7 @@ def syncos(
         if candidates := refine_levels(step, levels, s):
             x0 = csd_refine(
                 predict_x0, x0, candidates, None if s.noise == "fresh" else noise, windows, prompts, generator,
-                s.csd_iters, s.csd_batch, s.csd_lr, s.csd_weight_decay,
+                s.csd_iters, s.csd_batch, s.csd_lr, s.csd_weight_decay, skip,
             )  # fmt: skip
 
         # stage 3: back to the previous timestep

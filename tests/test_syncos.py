@@ -206,6 +206,57 @@ def test_fuse_is_the_naive_average():
     assert S.fuse(parts[:1], windows[:1], 9)[4:].abs().max() == 0  # no window there
 
 
+def test_first_frames_stay_out_of_fusion_and_every_frame_stays_covered():
+    """For every legal plan, against a count by hand; only the video's very first frame and joins of windows that do not
+    overlap are kept."""
+    for frames in range(1, 26):
+        for size in range(1, min(frames, 9) + 1):
+            for stride in range(1, size + 1):
+                windows = S.make_windows(frames, size, stride)
+                skip = S.first_frames(windows)
+                counted = [f for w, n in zip(windows, skip) for f in range(w.start + n, w.stop)]
+                assert set(counted) == set(range(frames))
+                others = [any(v.start < w.start < v.stop for v in windows) for w in windows]
+                assert skip == [int(o) for o in others] and skip[0] == 0
+                if stride == size and frames % size == 0:
+                    assert not any(skip)
+
+
+def test_fuse_without_first_frames_is_the_naive_average():
+    windows = S.make_windows(9, 4, 3)  # 0-4, 3-7, 5-9
+    parts = randn(3, 4, 2, 3, 3)
+    values = [[] for _ in range(9)]
+    for part, window, n in zip(parts, windows, (0, 1, 1)):
+        for i, f in enumerate(range(window.start, window.stop)):
+            if i >= n:
+                values[f].append(part[i])
+    naive = torch.stack([torch.stack(v).mean(0) for v in values])
+    assert maxdiff(S.fuse(parts, windows, 9, S.first_frames(windows)), naive) < 1e-6
+    assert maxdiff(S.fuse(parts, windows, 9, [0, 0, 0]), S.fuse(parts, windows, 9)) == 0
+    assert maxdiff(S.fuse(parts, windows, 9), naive) > 0.1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_causal_run_never_sees_its_windows_first_predictions(causal):
+    """Stages 1 and 2 alike: what a model says of first frames leaves no trace but in the video's own first frame."""
+
+    class Smeared(Gaussian):
+        def __call__(self, latents, t, prompts):
+            x0 = super().__call__(latents, t, prompts)
+            x0[:, 0] += 100 if self.smear else 0
+            return x0
+
+    settings = dataclasses.replace(SMALL, causal=causal, csd_lr=1e-3)
+    results = []
+    for smear in (False, True):
+        denoiser = Smeared()
+        denoiser.smear = smear
+        results.append(run(settings, denoiser))
+    difference = (results[0] - results[1]).abs().amax((1, 2, 3))
+    assert difference[0] > 10
+    assert (difference[1:].max() < 1) == causal
+
+
 def test_windows_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="does not fit"):
         S.make_windows(12, 13, 4)
