@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LONGEST = 10_000  # characters of a prompt
+
 
 @dataclass(frozen=True)
 class Story:
@@ -31,6 +33,10 @@ class Story:
         for i, text in enumerate(self.local_prompts, 1):
             if not text.strip():
                 raise ValueError(f"Event {i} of {len(self.local_prompts)} is empty; every event needs a local prompt.")
+        if longest := max(
+            (t for t in (self.global_prompt, *self.local_prompts) if len(t) > LONGEST), default="", key=len
+        ):
+            raise ValueError(f"A prompt has {len(longest)} characters; no model reads more than {LONGEST}.")
 
     def event_prompts(self, structured: bool = True) -> list[str]:
         """The text of each event: global and local put together, or the local alone (the paper's ablation)."""
@@ -47,11 +53,12 @@ def parse_story(text: str, count: int | None = None) -> Story:
     """A story from JSON, {"global": "...", "local": ["...", ...]}; of `count` events, if given. Raises ValueError."""
     form = 'expected {"global": "...", "local": ["...", ...]}'
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else None)
+        json.dumps(data, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"This is not JSON ({error}); {form}.") from None
     if not isinstance(data, dict) or set(data) != {"global", "local"}:
-        raise ValueError(f'A story is an object with the keys "global" and "local" and no others; {form}.')
+        raise ValueError(f'A story is an object with the keys "global" and "local", once each and no others; {form}.')
     local = data["local"]
     if not isinstance(data["global"], str) or not isinstance(local, list) or not all(isinstance(p, str) for p in local):
         raise ValueError(f'"global" must be a text and "local" a list of texts; {form}.')
@@ -59,13 +66,13 @@ def parse_story(text: str, count: int | None = None) -> Story:
         raise ValueError(f"The story has {len(local)} local prompts where {count} were asked for.")
     if count is not None and not data["global"].strip():
         raise ValueError("The global prompt is empty.")
-    return Story(data["global"].strip(), tuple(p.strip() for p in local))
+    return Story(" ".join(data["global"].split()), tuple(" ".join(p.split()) for p in local))
 
 
 def load_story(path: str | Path) -> Story:
     """A story from a JSON file. Raises ValueError, with the file's name, if there is none in it."""
     try:
-        return parse_story(Path(path).read_text(encoding="utf-8"))
+        return parse_story(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"Cannot read the story {path}: {getattr(error, 'strerror', None) or 'not a text file'}."
@@ -250,7 +257,13 @@ def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
     client = InferenceClient(base_url=base_url, api_key=key, timeout=120)
 
     def chat(messages: list[dict]) -> str:
-        return client.chat_completion(messages, model=model, max_tokens=2000).choices[0].message.content or ""
+        try:
+            choices = client.chat_completion(messages, model=model, max_tokens=2000).choices
+        except json.JSONDecodeError:
+            raise ConnectionError("what came is no JSON; is --base_url an OpenAI-compatible server?") from None
+        if not choices:
+            raise ConnectionError("what came holds no choices.")
+        return choices[0].message.content or ""
 
     return chat
 
@@ -274,15 +287,19 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.output} exists already; name another file with --output.")
     if not args.output.absolute().parent.is_dir():
         parser.error(f"The folder of {args.output} does not exist; make it first.")
+    if args.base_url and not args.base_url.startswith(("http://", "https://")):
+        parser.error(f"--base_url must begin with http:// or https://, got {args.base_url}.")
 
     try:
         story = ask(llm_chat(args.llm, args.base_url), args.scenario, args.num_prompts)
+        args.output.write_text(to_json(story), encoding="utf-8")
     except ValueError as error:
         sys.exit(f"prompts.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
     except Exception as error:  # whatever a network and a server can do
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sys.exit(f"prompts.py: {args.llm} did not answer: {reason}")
-    args.output.write_text(to_json(story), encoding="utf-8")
     print(to_json(story) + f"Written to {args.output}; now: python demo.py --story {args.output}")
 
 

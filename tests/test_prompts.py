@@ -41,6 +41,10 @@ def test_json_round_trip(tmp_path):
         ('{"global": "a", "local": ["b", 2]}', "list of texts"),
         ('{"global": "a", "local": []}', "no events"),
         ('{"global": "a", "local": ["b", "  "]}', "Event 2 of 2 is empty"),
+        ('{"global": "a", "global": "b", "local": ["c"]}', "once each"),
+        ('{"global": "a", "local": ["\\ud800"]}', "surrogates"),
+        ("[" * 100_000, "recursion"),
+        (json.dumps({"global": "a", "local": ["b" * 10_001]}), "10001 characters"),
     ],
 )
 def test_what_is_no_story_is_refused(text, reason, tmp_path):
@@ -49,6 +53,12 @@ def test_what_is_no_story_is_refused(text, reason, tmp_path):
     (tmp_path / "story.json").write_text(text)
     with pytest.raises(ValueError, match="story.json"):
         P.load_story(tmp_path / "story.json")
+
+
+def test_what_editors_leave_in_a_file(tmp_path):
+    """A byte order mark, the line ends of Windows, lines within a prompt."""
+    (tmp_path / "story.json").write_bytes(b'\xef\xbb\xbf{"global": "A\\nfox.",\r\n "local": ["It  runs."]}\r\n')
+    assert P.load_story(tmp_path / "story.json") == P.Story("A fox.", ("It runs.",))
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):
@@ -105,10 +115,11 @@ class Server:
                     self.send_error(answer)
                     return
                 message = {"role": "assistant", "content": answer}
+                choices = [dict(index=0, finish_reason="stop", message=message)] if answer else []
                 reply = dict(id="1", created=0, model=body["model"], object="chat.completion", system_fingerprint="",
-                             choices=[dict(index=0, finish_reason="stop", message=message)],
+                             choices=choices,
                              usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2))  # fmt: skip
-                data = json.dumps(reply).encode()
+                data = answer.encode() if answer.startswith("<html>") else json.dumps(reply).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -155,6 +166,8 @@ def test_llm_is_asked_once_more_with_what_was_wrong(tmp_path):
         (["no", "still no"], "not JSON"),
         (["no", '{"global": "", "local": ["a", "b", "c"]}'], "global prompt is empty"),
         ([404], "did not answer"),
+        ([""], "did not answer: what came holds no choices"),
+        (["<html>Log in</html>"], "what came is no JSON; is --base_url an OpenAI-compatible server"),
     ],
 )
 def test_llm_that_fails_leaves_no_file(answers, reason, tmp_path):
