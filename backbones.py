@@ -361,6 +361,7 @@ class Recipe:
     fps: int = 8
     needs_gpu: bool = True
     window_batch: int = 1  # windows through the model at once
+    captions: bool = False  # under the video
 
 
 COGVIDEOX_SCHEDULER = dict(
@@ -390,6 +391,7 @@ RECIPES = {
         fps=16,
         needs_gpu=False,
         window_batch=2,
+        captions=True,
     ),
     "cogvideox": Recipe(
         backbone=CogVideoX,

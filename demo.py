@@ -5,7 +5,7 @@
     python demo.py --backbone cogvideox       CogVideoX-2B, on a GPU
     python demo.py --backbone cogvideox --global_prompt "A red fox in the snow." --prompt "It runs. | It jumps."
 
-Writes the video and, beside it, a contact sheet (PNG) with each event's prompt under its frames.
+Writes the video and, beside it, a contact sheet (PNG) with each event's prompt above its frames.
 """
 
 import argparse
@@ -70,12 +70,16 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--csd_lr", type=float, help=f"stage 2: AdamW's learning rate {own}")
     group.add_argument("--csd_batch", type=int, help=f"stage 2: windows a minibatch {own}")
     group.add_argument("--t_min", type=float, help=f"stage 2 runs while t > t_min {own}")
+    group.add_argument("--plain_fusion", action="store_true",
+                       help="average whole windows, as the paper does, even if the VAE is causal")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
 
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output_path", type=Path, default=Path("output.mp4"), help=".mp4 or .gif (default: output.mp4)"
     )
+    group.add_argument("--captions", action=argparse.BooleanOptionalAction,
+                       help=f"the prompt of the event that plays, under the picture {own}")  # fmt: skip
     group.add_argument("--fps", type=int, help=f"frames per second {own}")
     group.add_argument("--save_latents", action="store_true", help="keep the latents (.safetensors beside the video)")
     group.add_argument("--trace", type=Path, metavar="FILE", help="how the estimates developed (.safetensors); "
@@ -262,7 +266,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         recipe = recipe.backbone.resize(recipe, *(own | size).values())
     given_settings = pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min")
     settings = replace(recipe.settings, **PRESETS.get(args.preset, {}) | given_settings)
-    recipe = replace(recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch"))
+    if args.plain_fusion:
+        settings = replace(settings, causal=False)
+    recipe = replace(
+        recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
+    )
 
     methods = choose_methods(args, settings)
     story = choose_story(args, recipe.scenario)
@@ -424,7 +432,8 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
         model=args.model,
         num_frames=plan.recipe.num_frames,
         fps=plan.recipe.fps,
-        seed=plan.seed,
+        captions=plan.recipe.captions,
+        run=plan.about(),
         spans=P.event_spans(plan.windows, plan.events),
         **{"global": plan.story.global_prompt, "local": plan.story.local_prompts},
     )
@@ -450,9 +459,11 @@ def decode(args: argparse.Namespace, backbone: Any, latents: dict[str, Any], abo
     import torch
 
     fps, events = args.fps or about["fps"], list(zip(about["spans"], about["local"]))
+    captions = about["captions"] if args.captions is None else args.captions
+    comment = json.dumps(about["run"])  # how it was made, for whoever finds the video later
     try:
         streams = {name: backbone.decode(x) for name, x in latents.items()}
-        V.write_story(args.output_path, streams, about["num_frames"], fps, events, about["global"])
+        V.write_story(args.output_path, streams, about["num_frames"], fps, events, about["global"], captions, comment)
     except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
         tiles = " --vae_tiling" * isinstance(error, torch.OutOfMemoryError)
         raise stopped(error, f"The latents are safe; --decode {safe}{tiles} goes on.") from None

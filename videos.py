@@ -129,26 +129,26 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
     return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
 
 
-def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
-    """Frames as mp4 or gif; small ones enlarged to about 256 rows. Raises OSError."""
+def write_video(path: Path, frames: Iterator[np.ndarray], fps: int, comment: str = "") -> None:
+    """Frames as gif, or as mp4 that plays everywhere, with a comment in its metadata. Raises OSError."""
     from imageio_ffmpeg import count_frames_and_secs, write_frames
 
     first = next(frames)
-    zoom = max(1, 256 // len(first))
-    size = (zoom * first.shape[1], zoom * first.shape[0])
     if path.suffix.lower() == ".mp4":
-        options = dict(quality=8, macro_block_size=2, output_params=["-movflags", "+faststart"])  # plays everywhere
+        extra = ["-movflags", "+faststart", "-metadata", f"comment={comment}"]
+        options = dict(codec="libx264", pix_fmt_out="yuv420p", quality=8, macro_block_size=2, output_params=extra)
     else:  # a palette of its own for each frame, so that ffmpeg need not keep them all
         palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
         options = dict(codec="gif", pix_fmt_out="pal8", macro_block_size=1, output_params=["-filter_complex", palette])
+    options |= dict(fps=fps, ffmpeg_log_level="quiet")
     written = 0
     with replacing(path) as partial:
-        with closing(write_frames(str(partial), size, fps=fps, ffmpeg_log_level="quiet", **options)) as ffmpeg:
+        with closing(write_frames(str(partial), (first.shape[1], first.shape[0]), **options)) as ffmpeg:
             ffmpeg.send(None)
             for frame in chain([first], frames):
                 written += 1
                 try:
-                    ffmpeg.send(np.ascontiguousarray(frame.repeat(zoom, 0).repeat(zoom, 1)))
+                    ffmpeg.send(np.ascontiguousarray(frame))
                 except OSError:
                     break
         try:  # when the disk is full ffmpeg ends in silence
@@ -160,34 +160,39 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Contact sheets
+# What people look at: a story's video and its contact sheet
 
 
 def contact_sheet(
     path: Path, picked: dict[str, dict[int, np.ndarray]], rows: list[tuple[list[int], str]], title: str
 ) -> None:
-    """A PNG: for each event a row of frames for each method, the prompt below. Raises OSError.
+    """A PNG: for each event its heading and below it a row of frames for each method. Raises OSError.
 
-    picked: method -> video frame number -> picture; rows: the frame numbers and the prompt of each event.
+    picked: method -> video frame number -> picture; rows: the frame numbers and the heading of each event.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     first = next(iter(next(iter(picked.values())).values()))
     height, width = first.shape[:2]
-    w, gap, font = 144, 6, ImageFont.load_default(15)
+    w, gap, font, small = 144, 6, ImageFont.load_default(15), ImageFont.load_default(12)
     h, across = round(w * height / width), max(len(numbers) for numbers, _ in rows)
     label = 0 if len(picked) == 1 else 110
-    chars = max(20, int((across * (w + gap)) / 7.6))
-    texts = [wrap(text, chars) for _, text in rows]
-    head = wrap(title, chars)
-    total = (len(head) + 1) * 19 + sum(len(picked) * (h + 18 + gap) + len(t) * 19 + 16 for t in texts)
-    sheet = Image.new("RGB", (label + across * (w + gap) + gap, total), "white")
+    wide = label + across * (w + gap) + gap
+    head, *texts = (wrap(text, max(20, int(wide / 7.6))) for text in (title, *(text for _, text in rows)))
+    tall = gap + 20 * len(head) + sum(12 + 20 * len(text) + len(picked) * (h + 20) for text in texts)
+    sheet = Image.new("RGB", (wide, tall + gap), "white")
     draw, y = ImageDraw.Draw(sheet), gap
-    for line in head:
-        draw.text((label + gap, y), line, "black", font)
-        y += 19
-    y += 8
+
+    def write(lines: list[str]) -> None:
+        nonlocal y
+        for line in lines:
+            draw.text((gap, y), line, "black", font)
+            y += 20
+
+    write(head)
     for (numbers, _), text in zip(rows, texts):
+        y += 12
+        write(text)
         for name, frames in picked.items():
             if label:
                 draw.text((gap, y + h // 2 - 8), name, "black", font)
@@ -195,14 +200,38 @@ def contact_sheet(
                 x = label + gap + column * (w + gap)
                 picture = Image.fromarray(frames[number])
                 sheet.paste(picture.resize((w, h), Image.NEAREST if w > width else Image.LANCZOS), (x, y))
-                draw.text((x, y + h), str(number), "gray", ImageFont.load_default(12))
-            y += h + 18 + gap
-        for line in text:
-            draw.text((label + gap, y), line, "black", font)
-            y += 19
-        y += 16
+                draw.text((x, y + h), str(number), "gray", small)
+            y += h + 20
     with replacing(path) as partial:
         sheet.save(partial)
+
+
+def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.ndarray:
+    """A strip to go under a frame: the methods' names below their pictures, if there are several, and some lines of
+    text. An even number of rows x width x 3."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = caption_size(width // len(names))
+    font, rows = ImageFont.load_default(size), (len(names) > 1) + lines
+    strip = Image.new("RGB", (width, (rows * size * 4 // 3 + size) // 2 * 2), "white")
+    draw, y = ImageDraw.Draw(strip), size // 3
+    if len(names) > 1:
+        for i, name in enumerate(names):
+            draw.text((int((i + 0.5) * width / len(names)), y), name, "gray", font, anchor="ma")
+        y += size * 4 // 3
+    for line in caption_lines(width, len(names), text)[:lines]:
+        draw.text((width // 2, y), line, "black", font, anchor="ma")
+        y += size * 4 // 3
+    return np.asarray(strip)
+
+
+def caption_size(width: int) -> int:
+    """Of the letters, for pictures that wide."""
+    return min(max(width // 18, 12), 22)
+
+
+def caption_lines(width: int, pictures: int, text: str) -> list[str]:
+    return wrap(text, int(1.8 * width / caption_size(width // pictures)), max_lines=3, placeholder=" ...")
 
 
 def write_story(
@@ -212,29 +241,42 @@ def write_story(
     fps: int,
     events: list[tuple[tuple[float, float], str]],
     title: str,
+    captions: bool = False,
+    comment: str = "",
 ) -> None:
     """The video, methods side by side, and the contact sheet beside it, of frames that are taken one by one.
 
-    streams: method -> its `count` frames; events: from where to where, as shares of the video, and the prompt. Raises
-    OSError.
+    streams: method -> its `count` frames; events: from where to where, as shares of the video, and the prompt. Small
+    frames are enlarged to about 256 rows; captions: with the prompt of the event that plays. Raises OSError.
     """
     from tqdm import tqdm
 
+    spans = [(int(count * start), int(count * stop)) for (start, stop), _ in events]
     rows = []  # eight frames spread over each event
-    for (start, stop), text in events:
-        rows.append(([int(count * (start + (stop - start) * (k + 0.5) / 8)) for k in range(8)], text))
+    for i, ((start, stop), (_, text)) in enumerate(zip(spans, events), 1):
+        numbers = [int(start + (stop - start) * (k + 0.5) / 8) for k in range(8)]
+        rows.append((numbers, f"{i} \u00b7 {start / fps:.1f} to {stop / fps:.1f} s \u00b7 {text}"))
     wanted = set(chain(*(numbers for numbers, _ in rows)))
     picked: dict[str, dict[int, np.ndarray]] = {name: {} for name in streams}
 
     def frames() -> Iterator[np.ndarray]:
+        strips: dict[str, np.ndarray] = {}
         for number, row in enumerate(zip(*streams.values())):
             if number in wanted:
                 for name, frame in zip(picked, row):
                     picked[name][number] = frame
+            zoom = max(1, 256 // len(row[0]))
+            frame = np.concatenate(row, axis=1).repeat(zoom, 0).repeat(zoom, 1)
+            if captions:
+                text = next(text for (_, stop), (_, text) in zip(spans, events) if number < stop)
+                if text not in strips:
+                    lines = max(len(caption_lines(frame.shape[1], len(row), text)) for _, text in events)
+                    strips[text] = caption_strip(frame.shape[1], list(streams), text, lines)
+                frame = np.concatenate([frame, strips[text]])
             bar.update()
-            yield np.concatenate(row, axis=1)
+            yield frame
 
     with tqdm(total=count, desc="decoding", unit="frame") as bar:
-        write_video(path, frames(), fps)
+        write_video(path, frames(), fps, comment)
     contact_sheet(path.with_suffix(".png"), picked, rows, title)
     say(f"Wrote {path} and {path.with_suffix('.png')}")
