@@ -1,18 +1,26 @@
 """Adapters: from a pretrained text-to-video pipeline to SynCoS's `predict_x0`, and from latents back to frames.
 
 `Backbone` holds what all models share: each prompt is encoded once, guidance is applied in one place, the model runs in
-its own precision while the sampler's state stays float32. A model adds a subclass of about 60 lines with
+its own precision while the sampler's state stays float32. Its parts are in memory only in their turn:
+
+    encode(prompts)         the text encoder
+    load()                  transformer and decoder, for predict_x0(latents, t, prompts) and decode(latents)
+    release_transformer()   the decoder
+
+A model adds a subclass of about 60 lines with
 
     measure(model)          the window and the schedule of a model, from its small configuration files
     make_levels(scheduler, steps)
                             the noise levels of a walk
-    encode_text(text)       a prompt as a tuple of tensors, without a batch axis
+    load_pipe(*parts)       a pipeline of diffusers with these parts only, of tokenizer, text_encoder, transformer, vae
+    encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis
     denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v, eps or a flow
     decode(latents)         frames, one at a time
 
 and a `Recipe` in RECIPES with the paper's settings. Latents are B x f x C x H x W everywhere, as in syncos.py.
 """
 
+import gc
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,15 +63,29 @@ def in_batches(predict_x0: PredictX0, size: int, done: Callable[[int], Any] = la
 
 
 class Backbone:
-    """What every model shares: the prompt cache, classifier-free guidance, precision, the conversion to x0."""
+    """What every model shares: parts that are loaded in turn, the prompt cache, guidance, precision, the way to x0.
+
+    model: hub id or folder. offload: "none", or "model" or "sequential" if parts go to the device only when they are
+    called, whole or layer by layer, by diffusers' own hooks. tiling: decode in spatial tiles. Nothing is loaded before
+    `encode` or `load`, which raise ValueError if a part is missing.
+    """
 
     pipe: Any  # of diffusers: the models, their placement and offload
     prediction: str  # "v_prediction", "epsilon" or "flow"
     negative_prompt = ""
     scheduler: Mapping
 
-    def __init__(self, device: str, dtype: torch.dtype, guidance_scale: float):
-        self.device, self.dtype, self.guidance_scale = torch.device(device), dtype, guidance_scale
+    def __init__(
+        self,
+        model: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        guidance_scale: float = 6.0,
+        offload: str = "none",
+        tiling: bool = False,
+    ):
+        self.model, self.device, self.dtype = model, torch.device(device), dtype
+        self.guidance_scale, self.offload, self.tiling = guidance_scale, offload, tiling
         self.texts: dict[str, tuple[Tensor, ...]] = {}
         self.at: dict[float, Level] = {}
 
@@ -73,39 +95,49 @@ class Backbone:
         self.at = {level.t: level for level in levels[:-1]}
         return levels
 
-    def place(self, offload: str) -> None:
-        """The pipeline's models to the device, at once or, by diffusers' own hooks, when they are called: a whole one
-        at a time ("model") or layer by layer ("sequential")."""
-        if offload == "none":
-            self.pipe.to(self.device)
-        elif offload == "model":
-            self.pipe.enable_model_cpu_offload(device=self.device)
-        else:
-            self.pipe.enable_sequential_cpu_offload(device=self.device)
-
     @staticmethod
     def resize(recipe: "Recipe", height: int, width: int, frames: int) -> "Recipe":
         """The recipe for base clips of another size: pixels, video frames. Raises ValueError if the model has none."""
         raise ValueError("--height, --width and --window_frames are for opensora-plan; other models have one size.")
 
+    def bring(self, *parts: str) -> Any:
+        """A pipeline with these parts, in their place. Raises ValueError."""
+        try:
+            pipe = self.load_pipe(*parts)
+        except OSError as error:
+            raise ValueError(f"Cannot load {self.model}: {str(error).splitlines()[0]}") from error
+        self.place(pipe)
+        return pipe
+
+    def place(self, pipe: Any) -> None:
+        if self.offload == "none":
+            pipe.to(self.device)
+        elif self.offload == "model":
+            pipe.enable_model_cpu_offload(device=self.device)
+        else:
+            pipe.enable_sequential_cpu_offload(device=self.device)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
-        """Encode each distinct prompt once. Until the text encoder is released, more can be added."""
-        for text in dict.fromkeys([self.negative_prompt, *prompts]):
-            if text not in self.texts:
-                self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(text))
+        """Encode each distinct prompt once; the text encoder, about 10 GB with the big models, comes and goes."""
+        new = [text for text in dict.fromkeys([self.negative_prompt, *prompts]) if text not in self.texts]
+        if not new:
+            return
+        pipe = self.bring("tokenizer", "text_encoder")
+        for text in new:
+            self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(pipe, text))
+        del pipe
+        free_memory()
 
-    def load(self, decoder_only=False):
-        self.release_text_encoder()  # SHIM
+    def load(self, decoder_only: bool = False) -> None:
+        """What `predict_x0` and `decode` need, or `decode` alone."""
+        self.pipe = self.bring("vae") if decoder_only else self.bring("transformer", "vae")
 
-    def release_transformer(self):
-        pass  # SHIM
-
-    def release_text_encoder(self) -> None:
-        """Free the text encoder's memory, about 10 GB with the big models. `encode` cannot be called after this."""
-        self.pipe.text_encoder = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def release_transformer(self) -> None:
+        """Leave the memory to `decode`; `predict_x0` cannot be called any more."""
+        self.pipe.transformer = None
+        self.place(self.pipe)  # again, for the decoder's hook knows the transformer
+        free_memory()
 
     @torch.no_grad()
     def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
@@ -121,66 +153,52 @@ class Backbone:
         return to_x0(output, latents, self.at[t], self.prediction)
 
 
+def free_memory() -> None:
+    """Give back what was dropped: offload hooks make cycles, and torch keeps a GPU's freed blocks to itself."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # CogVideoX (2B: sincos positions; 5B: rotary)
 
 
 class CogVideoX(Backbone):
-    """Any CogVideoX text-to-video pipeline in diffusers format, by hub id or folder.
+    """Any CogVideoX text-to-video pipeline in diffusers format. Raises ValueError if the model is none, or is a 1.5.
 
-    Every window is a clip of its own to the model: positions restart at 0. Raises ValueError if the model cannot be
-    loaded or is a CogVideoX-1.5. offload: "none", "model" or "sequential", by diffusers' own hooks; tiling: decode in
-    spatial tiles. decoder_only: for `decode` alone.
+    Every window is a clip of its own to the model: positions restart at 0.
     """
 
-    def __init__(
-        self,
-        model: str,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        guidance_scale: float = 6.0,
-        offload: str = "none",
-        tiling: bool = False,
-        decoder_only: bool = False,
-    ):
-        from diffusers import CogVideoXPipeline
+    rotary = None
 
-        super().__init__(device, dtype, guidance_scale)
-        parts = ("transformer", "text_encoder", "tokenizer") if decoder_only else ()
+    def __init__(self, model: str, *args, **options):
+        super().__init__(model, *args, **options)
+        self.config, self.scheduler = self.read_configs(model)
+        self.prediction = self.scheduler["prediction_type"]
+
+    @staticmethod
+    def read_configs(model: str) -> tuple[Mapping, Mapping]:
+        """The transformer's configuration and the scheduler's."""
+        from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
         try:
-            self.pipe = CogVideoXPipeline.from_pretrained(model, dtype=dtype, **dict.fromkeys(parts))
+            transformer = CogVideoXTransformer3DModel.load_config(model, subfolder="transformer")
+            scheduler = CogVideoXDDIMScheduler.load_config(model, subfolder="scheduler")
         except OSError as error:
-            raise ValueError(f"Cannot load {model}: {str(error).splitlines()[0]}") from error
-        self.pipe.set_progress_bar_config(disable=True)
-        self.scheduler, self.prediction = self.pipe.scheduler.config, self.pipe.scheduler.config.prediction_type
-        if tiling:
-            self.pipe.vae.enable_tiling()
-        self.place(offload)
-        self.rotary = None
-        if not decoder_only and self.pipe.transformer.config.use_rotary_positional_embeddings:
-            c, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
-            frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1  # of one window
-            self.rotary = self.pipe._prepare_rotary_positional_embeddings(
-                c.sample_height * scale, c.sample_width * scale, frames, self.device
+            raise ValueError(
+                f"{model} is no CogVideoX pipeline: neither a folder with one nor a model of the hub within reach."
+            ) from error
+        if transformer.get("patch_size_t"):
+            raise ValueError(
+                f"{model} is a CogVideoX-1.5 (patch_size_t = {transformer['patch_size_t']}), which packs latent frames "
+                "in pairs; that is not supported, use CogVideoX 2B or 5B."
             )
+        return transformer, scheduler
 
     @staticmethod
     def measure(model: str) -> dict[str, Any]:
         """Window (latent frames), latent shape (C, H, W) and scheduler of a model, from two small files."""
-        from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-
-        try:
-            c = CogVideoXTransformer3DModel.load_config(model, subfolder="transformer")
-            scheduler = CogVideoXDDIMScheduler.load_config(model, subfolder="scheduler")
-        except OSError as error:
-            raise ValueError(
-                f"{model} is no CogVideoX pipeline: neither a folder with one nor a model of the hub."
-            ) from error
-        if c.get("patch_size_t"):
-            raise ValueError(
-                f"{model} is a CogVideoX-1.5 (patch_size_t = {c['patch_size_t']}), which packs latent frames in pairs; "
-                "that is not supported, use CogVideoX 2B or 5B."
-            )
+        c, scheduler = CogVideoX.read_configs(model)
         window = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
         latent = (c["in_channels"], c["sample_height"], c["sample_width"])
         return dict(window=window, latent=latent, scheduler=scheduler)
@@ -194,9 +212,28 @@ class CogVideoX(Backbone):
         ddim.set_timesteps(steps)
         return diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
 
-    def encode_text(self, text: str) -> tuple[Tensor]:
-        length = self.pipe.transformer.config.max_text_seq_length
-        embedding, _ = self.pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
+    def load_pipe(self, *parts: str) -> Any:
+        from diffusers import CogVideoXPipeline
+
+        absent = {"tokenizer", "text_encoder", "transformer", "vae"} - set(parts)
+        pipe = CogVideoXPipeline.from_pretrained(self.model, dtype=self.dtype, **dict.fromkeys(absent))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def load(self, decoder_only: bool = False) -> None:
+        super().load(decoder_only)
+        if self.tiling:
+            self.pipe.vae.enable_tiling()
+        if not decoder_only and self.pipe.transformer.config.use_rotary_positional_embeddings:
+            c, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+            frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1  # of one window
+            self.rotary = self.pipe._prepare_rotary_positional_embeddings(
+                c.sample_height * scale, c.sample_width * scale, frames, self.device
+            )
+
+    def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
+        length = self.config["max_text_seq_length"]
+        embedding, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
         return (embedding[0],)  # L D
 
     def denoise(self, x: Tensor, t: float, text: Tensor) -> Tensor:
@@ -240,7 +277,7 @@ class Tiny(CogVideoX):
     """The embedded model (tiny/): a real CogVideoX, small, that knows the words of its little world and no others."""
 
     def encode(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.pipe.tokenizer
+        tokenizer = self.load_pipe("tokenizer").tokenizer
         words = dict.fromkeys(
             w for p in prompts for w, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(p)
         )
@@ -259,8 +296,8 @@ class Tiny(CogVideoX):
 class OpenSoraPlan(Backbone):
     """Open-Sora Plan v1.3, by hub id or from a folder laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
 
-    The text encoder is google/mt5-xxl's, or the folder's own if it has an mt5-xxl/. Raises ValueError if something
-    cannot be loaded. Options as for CogVideoX, but for tiling, which there is not.
+    The text encoder is google/mt5-xxl's, or the folder's own if it has an mt5-xxl/. Raises ValueError for tiling, which
+    there is not.
     """
 
     prediction = "v_prediction"
@@ -271,24 +308,11 @@ class OpenSoraPlan(Backbone):
     )
     text_length = 512
 
-    def __init__(
-        self,
-        model: str,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        guidance_scale: float = 7.5,
-        offload: str = "none",
-        tiling: bool = False,
-        decoder_only: bool = False,
-    ):
-        from models.opensora_plan import OpenSoraPlanPipeline
-
-        super().__init__(device, dtype, guidance_scale)
+    def __init__(self, model: str, *args, **options):
+        super().__init__(model, *args, **options)
         self.scheduler = OPENSORA_PLAN_SCHEDULER
-        if tiling:
+        if self.tiling:
             raise ValueError("--vae_tiling is not there for Open-Sora Plan, whose decoder streams; leave it out.")
-        self.pipe = OpenSoraPlanPipeline.load(model, dtype, decoder_only)
-        self.place(offload)
 
     @staticmethod
     def measure(model: str) -> dict[str, Any]:
@@ -319,12 +343,17 @@ class OpenSoraPlan(Backbone):
         ddim.set_timesteps(steps)
         return diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
 
-    def encode_text(self, text: str) -> tuple[Tensor, Tensor]:
+    def load_pipe(self, *parts: str) -> Any:
+        from models.opensora_plan import OpenSoraPlanPipeline
+
+        return OpenSoraPlanPipeline.load(self.model, self.dtype, parts)
+
+    def encode_text(self, pipe: Any, text: str) -> tuple[Tensor, Tensor]:
         text = text if text == self.negative_prompt else self.positive.format(text)
-        tokens = self.pipe.tokenizer(
+        tokens = pipe.tokenizer(
             text, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).to(self.device)
-        output = self.pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+        output = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
         return output.last_hidden_state[0].to(self.dtype), tokens.attention_mask[0].bool()  # L D, L
 
     def denoise(self, x: Tensor, t: float, text: Tensor, mask: Tensor) -> Tensor:

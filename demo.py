@@ -425,7 +425,6 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
         raise stopped(error, keep_state()) from None
     if not main_process():
         return
-    backbone.release_transformer()
 
     about = dict(
         backbone=args.backbone,
@@ -447,6 +446,7 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
     if path:
         path.unlink(missing_ok=True)
 
+    backbone.release_transformer()
     decode(args, backbone, latents, about, saved)
     if args.save_latents:
         V.say(f"Kept the latents in {saved}; --decode {saved} decodes them again")

@@ -201,7 +201,8 @@ def cost_of_sampling(frames: int) -> tuple[float, float]:
 
 def cost_of_decoding(frames: int) -> tuple[float, float]:
     recipe = get_recipe("tiny")
-    backbone = recipe.backbone(recipe.model, DEVICE, decoder_only=True)
+    backbone = recipe.backbone(recipe.model, DEVICE)
+    backbone.load(decoder_only=True)
     run = lambda frames: [None for _ in backbone.decode(torch.randn(frames, *recipe.latent))]  # noqa: E731
     start = time.perf_counter()
     memory = peak(lambda: run(frames))
@@ -230,6 +231,7 @@ def make_tiny() -> tuple:
     backbone = recipe.backbone(recipe.model, DEVICE, guidance_scale=recipe.guidance_scale)
     prompts = ["A star. It jumps."] * len(windows_of(recipe))
     backbone.encode(prompts)
+    backbone.load()
     return recipe, backbone, prompts
 
 

@@ -62,6 +62,7 @@ class TinyModel:
     def __init__(self, folder: str, dtype: str):
         self.recipe = get_recipe("tiny", folder)
         backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
+        backbone.load()
         self.encode, self.levels, self.predict_x0 = backbone.encode, backbone.levels, backbone.predict_x0
         self.decode, self.fitter = backbone.decode, W.Fitter()
         weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))

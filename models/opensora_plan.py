@@ -7,7 +7,7 @@ names, so that its files load strictly. Inference only: no encoder, no training,
 """
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 
@@ -398,20 +398,23 @@ class OpenSoraPlanPipeline(DiffusionPipeline):
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
 
     @classmethod
-    def load(cls, model: str, dtype: torch.dtype, decoder_only: bool = False) -> "OpenSoraPlanPipeline":
-        """From a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0; the text encoder from its mt5-xxl/,
-        if it is a folder that has one, or from TEXT_ENCODER. Raises ValueError if something is missing or unfit."""
-        if decoder_only:
-            return cls(None, None, None, load_decoder(model).to(dtype))
-        vae, transformer = load_decoder(model).to(dtype), load_transformer(model, dtype)
-        text = Path(model) / "mt5-xxl"
-        text = str(text) if text.is_dir() else TEXT_ENCODER
+    def load(cls, model: str, dtype: torch.dtype, parts: Sequence[str]) -> "OpenSoraPlanPipeline":
+        """Some parts of a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0, None for the others.
+
+        Tokenizer and text encoder come from its mt5-xxl/, if it is a folder that has one, or from TEXT_ENCODER. Raises
+        ValueError if something is missing or unfit.
+        """
+        text = str(Path(model) / "mt5-xxl") if (Path(model) / "mt5-xxl").is_dir() else TEXT_ENCODER
+        load = dict(
+            tokenizer=lambda: AutoTokenizer.from_pretrained(text),
+            text_encoder=lambda: MT5EncoderModel.from_pretrained(text, dtype=dtype),
+            transformer=lambda: load_transformer(model, dtype),
+            vae=lambda: load_decoder(model).to(dtype),
+        )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(text)
-            text_encoder = MT5EncoderModel.from_pretrained(text, dtype=dtype)
+            return cls(**{name: load[name]() if name in parts else None for name in load})
         except OSError as error:
             raise ValueError(f"Cannot load the text encoder {text}: {str(error).splitlines()[0]}") from error
-        return cls(tokenizer, text_encoder, transformer, vae)
 
 
 def check_fit(what: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable) -> None:

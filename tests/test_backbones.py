@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ def maxdiff(a, b):
 def backbone(pipeline_folder):
     backbone = CogVideoX(pipeline_folder, guidance_scale=6.0)
     backbone.encode([PROMPT, "it runs"])
+    backbone.load()
     return backbone
 
 
@@ -56,15 +59,69 @@ def test_one_window_is_the_pipeline(backbone, pipe, steps, guidance):
     assert np.abs(ours / 255 - frames).max() < 0.5 / 255 + 1e-4
 
 
-def test_prompts_are_encoded_once_and_then_the_encoder_may_go(backbone):
-    calls = []
-    backbone.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+def test_prompts_are_encoded_once(backbone, monkeypatch):
+    encoded, encode = [], CogVideoX.encode_text
+    monkeypatch.setattr(
+        CogVideoX, "encode_text", lambda self, pipe, text: encoded.append(text) or encode(self, pipe, text)
+    )
     backbone.encode([PROMPT, "it runs", "it sleeps", "it sleeps"])
-    assert len(calls) == 1
-    backbone.release_text_encoder()
+    assert encoded == ["it sleeps"]
+    monkeypatch.setattr(CogVideoX, "load_pipe", lambda *_: pytest.fail("loaded for nothing"))
+    backbone.encode(["it sleeps", PROMPT])
     backbone.levels(5)
-    assert backbone.pipe.text_encoder is None
     assert backbone.predict_x0(randn(2, 5, 4, 2, 4), 999, ["it sleeps", PROMPT]).shape == (2, 5, 4, 2, 4)
+
+
+@pytest.fixture(params=["none", "model", "sequential"])
+def offload(request, monkeypatch):
+    """With the CPU as the device, which diffusers calls cpu:0; for sequential offload that is not the CPU."""
+    hook = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: hook(model, "cpu", **options))
+    return request.param
+
+
+def test_parts_are_in_memory_in_their_turn(pipeline_folder, monkeypatch, offload):
+    """Nothing refers to a part when its turn is over, be it placed, hooked or compiled."""
+    parts, load_pipe = {}, CogVideoX.load_pipe
+
+    def watch(self, *names):
+        pipe = load_pipe(self, *names)
+        parts.update({name: weakref.ref(part) for name, part in pipe.components.items() if part is not None})
+        return pipe
+
+    monkeypatch.setattr(CogVideoX, "load_pipe", watch)
+    alive = lambda: {name for name, part in parts.items() if part() is not None} - {"scheduler"}  # noqa: E731
+    backbone = CogVideoX(pipeline_folder, offload=offload)
+    backbone.encode([PROMPT])
+    assert set(parts) == {"tokenizer", "text_encoder", "scheduler"} and not alive()
+
+    backbone.load()
+    if offload == "none":
+        backbone.pipe.transformer.compile(backend="eager")
+    backbone.levels(5)
+    latents = randn(5, 4, 2, 4)
+    x0 = backbone.predict_x0(latents[None], 999, [PROMPT])
+    preview = list(backbone.decode(latents))
+    assert torch.equal(x0, backbone.predict_x0(latents[None], 999, [PROMPT]))
+    assert alive() == {"transformer", "vae"}
+
+    backbone.release_transformer()
+    assert alive() == {"vae"}
+    assert np.array_equal(preview, list(backbone.decode(latents)))
+
+
+def test_a_missing_part_is_a_sentence(pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    for part, call in dict(
+        text_encoder=lambda b: b.encode([PROMPT]), transformer=CogVideoX.load, vae=CogVideoX.load
+    ).items():
+        (weights,) = (tmp_path / "model" / part).glob("*.safetensors")
+        kept = weights.read_bytes()
+        weights.unlink()
+        with pytest.raises(ValueError, match=f"Cannot load {tmp_path / 'model'}: .*") as error:
+            call(CogVideoX(str(tmp_path / "model")))
+        assert "\n" not in str(error.value)
+        weights.write_bytes(kept)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -84,6 +141,7 @@ def test_half_precision_model_float32_state(pipeline_folder):
     results = []
     for backbone in (full, half):
         backbone.encode([PROMPT])
+        backbone.load()
         backbone.levels(5)
         results.append(backbone.predict_x0(x, 599, [PROMPT]))
     assert results[1].dtype == torch.float32 and half.pipe.transformer.dtype == torch.bfloat16
@@ -93,7 +151,8 @@ def test_half_precision_model_float32_state(pipeline_folder):
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 8, 13, 21])
 @pytest.mark.parametrize("tiling", [False, True])
 def test_streamed_decoding_equals_one_go(pipeline_folder, pipe, frames, tiling):
-    backbone = CogVideoX(pipeline_folder, tiling=tiling, decoder_only=True)
+    backbone = CogVideoX(pipeline_folder, tiling=tiling)
+    backbone.load(decoder_only=True)
     assert backbone.pipe.transformer is None and backbone.pipe.text_encoder is None
     latents = randn(frames, 4, 5, 7)  # 40x56 pixels: several tiles
     if tiling:
@@ -109,7 +168,8 @@ def test_streamed_decoding_equals_one_go(pipeline_folder, pipe, frames, tiling):
 
 
 def test_two_videos_can_be_decoded_in_turn(pipeline_folder):
-    backbone = CogVideoX(pipeline_folder, decoder_only=True)
+    backbone = CogVideoX(pipeline_folder)
+    backbone.load(decoder_only=True)
     a, b = randn(7, 4, 2, 4), randn(7, 4, 2, 4, seed=1)
     alone = [list(backbone.decode(x)) for x in (a, b)]
     together = list(zip(backbone.decode(a), backbone.decode(b)))
@@ -119,7 +179,8 @@ def test_two_videos_can_be_decoded_in_turn(pipeline_folder):
 
 def test_decoding_memory_does_not_grow(pipeline_folder):
     """No call of the decoder sees more than three latent frames, whatever the length."""
-    backbone = CogVideoX(pipeline_folder, decoder_only=True)
+    backbone = CogVideoX(pipeline_folder)
+    backbone.load(decoder_only=True)
     seen = []
     forward = backbone.pipe.vae.decoder.forward
     backbone.pipe.vae.decoder.forward = lambda z, conv_cache=None: (
@@ -178,14 +239,17 @@ def test_the_base_class_serves_other_kinds_of_models():
             sigmas = [1 - i / steps for i in range(steps)]
             return flow_levels([*sigmas, 0.0], [1000 * s for s in sigmas])
 
-        def encode_text(self, text):
+        def load_pipe(self, *parts):
+            return torch.nn.Module()
+
+        def encode_text(self, pipe, text):
             return torch.tensor([float(len(text))]), torch.ones(1, dtype=torch.bool)
 
         def denoise(self, x, t, text, mask):
             assert mask.shape == (len(x), 1)
             return x * 0 + text.view(-1, 1, 1, 1, 1)
 
-    backbone = Flow("cpu", torch.float32, guidance_scale=2.0)
+    backbone = Flow("", guidance_scale=2.0)
     backbone.encode(["good!"])
     levels = backbone.levels(4)
     x = randn(1, 2, 1, 1, 1)

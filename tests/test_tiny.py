@@ -83,7 +83,7 @@ def test_recipe_is_the_checkpoints(backbone):
     measured = get_recipe("tiny")
     written = RECIPES["tiny"]
     assert (measured.window, measured.latent) == (written.window, written.latent)
-    own = backbone.pipe.scheduler.config
+    own = backbone.scheduler
     assert all(own[k] == v for k, v in written.scheduler.items())
 
 
