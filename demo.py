@@ -70,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--csd_lr", type=float, help=f"stage 2: AdamW's learning rate {own}")
     group.add_argument("--csd_batch", type=int, help=f"stage 2: windows a minibatch {own}")
     group.add_argument("--t_min", type=float, help=f"stage 2 runs while t > t_min {own}")
-    group.add_argument("--plain_fusion", action="store_true",
-                       help="average whole windows, as the paper does, even if the VAE is causal")  # fmt: skip
+    group.add_argument("--causal", action=argparse.BooleanOptionalAction,
+                       help=f"fuse without the first latent frame of windows; ours {own}")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="same seed, same video (default: 0)")
 
     group = parser.add_argument_group("output")
@@ -264,10 +264,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         c, (_, h, w) = recipe.frames_per_latent, recipe.latent
         own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
         recipe = recipe.backbone.resize(recipe, *(own | size).values())
-    given_settings = pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min")
+    given_settings = pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min", "causal")
     settings = replace(recipe.settings, **PRESETS.get(args.preset, {}) | given_settings)
-    if args.plain_fusion:
-        settings = replace(settings, causal=False)
     recipe = replace(
         recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
     )
@@ -538,6 +536,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"{message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt's letters
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what cluster schedulers send is a Ctrl-C
     if args.list_scenarios:
         for name, story in P.SCENARIOS.items():
