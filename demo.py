@@ -227,6 +227,8 @@ def latent_frames(num_frames: int, recipe: Any) -> int:
 def check_files(args: argparse.Namespace) -> None:
     """Raises ValueError if a file that the run may write cannot be written, or is another of its files."""
     out, safe = args.output_path, (".safetensors",)
+    if not out.name:
+        raise ValueError("--output_path must name a file, .mp4 or .gif.")
     written = {"the video": (out, (".mp4", ".gif")), "its contact sheet": (out.with_suffix(".png"), (".png",))}
     if not args.decode:
         written["the latents"] = latents_file(args), safe

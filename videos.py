@@ -52,7 +52,7 @@ def check_device(device: str) -> None:
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises ValueError if no file of that kind can be written there."""
-    if not path.name or path.suffix.lower() not in suffixes:
+    if path.suffix.lower() not in suffixes:
         raise ValueError(f"The name of {path} must end in {' or '.join(suffixes)}.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"The folder of {path} does not exist; make it first.")

@@ -223,6 +223,25 @@ class Fitter:
         return (shape, color, place, self.action(motion)), motion
 
     @staticmethod
+    def refine(video: torch.Tensor, story: tuple[int, int, int, int], motion: torch.Tensor) -> torch.Tensor:
+        """The motion (T, 3) beside the grid's whose picture is nearest to the video at full resolution: a
+        Levenberg-Marquardt search, each frame for itself."""
+        draw = lambda motion: render(torch.tensor([story]), motion[None])[0].flatten(1)  # T P  # noqa: E731
+        target, picture, damping = video.flatten(1), draw(motion), torch.full((len(motion), 1, 1), 0.1)
+        for _ in range(8):
+            error = target - picture
+            slopes = torch.stack([draw(motion + d) - picture for d in 0.008 * torch.eye(3)], 1)  # T 3 P; half a pixel
+            normal = slopes @ slopes.mT  # T 3 3
+            normal = normal + damping * normal.diagonal(dim1=1, dim2=2).diag_embed() + 1e-6 * torch.eye(3)
+            tried = motion + 0.008 * torch.linalg.solve(normal, (slopes @ error[..., None])[..., 0])
+            other = draw(tried)
+            better = (target - other).square().sum(1) < error.square().sum(1)
+            motion = torch.where(better[:, None], tried, motion)
+            picture = torch.where(better[:, None], other, picture)
+            damping = damping * torch.where(better, 0.3, 5.0)[:, None, None]
+        return motion
+
+    @staticmethod
     def action(motion: torch.Tensor) -> int:
         """The action that a motion (T, 3) shows most clearly, -1 if none does; against the least change of each."""
         x, y, s = motion.unbind(-1)
