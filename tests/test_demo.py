@@ -235,8 +235,3 @@ def test_a_story_file_is_the_same_as_its_words(base, tmp_path, capsys):
     (tmp_path / "story.json").write_text(json.dumps({"global": "a red fox .", "local": ["it runs", "it jumps"]}))
     call(*base[: base.index("--prompt")], "--story", tmp_path / "story.json", "--plan")
     assert capsys.readouterr().out == words
-
-
-def test_the_readme_counts_lines_rightly():
-    for name, lines in re.findall(r"^\| `(\S+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE):
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
