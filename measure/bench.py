@@ -1,10 +1,11 @@
 """Measure the program: one table, every row from one run on one machine, so read the ratios and not the seconds.
 
     python measure/bench.py                         every row that this machine can show: minutes
-    python measure/bench.py --only gradient length  some of: model overhead gradient length methods processes
+    python measure/bench.py --only gradient length  some of: model overhead gradient length methods processes memory
 
 "2B" is a transformer of CogVideoX-2B's size with random weights. Memory is what a piece needs at its peak above what is
-there when it starts: of a GPU by torch's allocator, of a CPU process by the kernel's count (Linux).
+there when it starts: of a GPU by torch's allocator, of a CPU process by the kernel's count (Linux). The part
+"memory" is a prediction, the same on every machine: see memory.py.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch import Tensor, multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import memory  # noqa: E402
 import syncos as S  # noqa: E402
 from backbones import RECIPES, Recipe, get_recipe, in_batches  # noqa: E402
 
@@ -276,7 +278,7 @@ def processes() -> Iterator[tuple[str, str]]:
     yield "  two processes against one", f"{times[0] / times[1]:.2f} times as fast"
 
 
-PARTS = {f.__name__: f for f in (model, overhead, gradient, length, methods, processes)}
+PARTS = {f.__name__: f for f in (model, overhead, gradient, length, methods, processes)} | {"memory": memory.rows}
 
 
 def main() -> None:

@@ -1,0 +1,190 @@
+"""A dry run of the GPU path: every model at its full size, its tensors on torch's `meta` device, which has no data.
+
+Shapes, precisions and devices are the real ones (meta refuses to mix with the CPU), so what runs here would run on a
+GPU, and the storages that live at a moment are the memory it would take. Not counted: the CUDA context (about 0.5 GiB),
+workspaces of kernels, and what torch's allocator loses between blocks.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import syncos as S
+from backbones import RECIPES, Backbone, CogVideoX, Recipe, in_batches
+
+T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the storages that live on `device`."""
+
+    def __init__(self, device: str = "meta"):
+        super().__init__()
+        self.device, self.sizes, self.live, self.peak = device, {}, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._local_scalar_dense.default:
+            return 0  # there is no value to ask for
+        result = op(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.count, result)
+        return result
+
+    def count(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if x.device.type == self.device and id(storage) not in self.sizes:
+            self.sizes[id(storage)] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, id(storage))
+
+    def forget(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+    def take(self) -> float:
+        """GiB at the peak since the last call."""
+        peak, self.peak = self.peak / 2**30, self.live
+        return peak
+
+
+@contextmanager
+def meta_as_gpu() -> Iterator[Memory]:
+    """In here, what needs a tensor's values gets zeros, and attention never makes its matrix, as on a GPU."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
+        assert q.device == k.device == v.device and q.dtype == k.dtype == v.dtype
+        return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+    with (
+        patch.object(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype)),
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+        patch.object(S, "rbf_kernel", lambda x: (x.new_zeros(len(x), len(x)), x.new_zeros(len(x), len(x)))),
+        Memory() as memory,
+    ):
+        yield memory
+
+
+@contextmanager
+def made_of(dtype: torch.dtype) -> Iterator[None]:
+    """Models are made on meta, with parameters of this precision."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def make_encoder(kind: str, vocabulary: int, dtype: torch.dtype) -> torch.nn.Module:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, **T5_XXL)
+    model = getattr(transformers, f"{kind}EncoderModel")(config)
+    if dtype == torch.float16:  # as from_pretrained does it
+        for block in model.encoder.block:
+            block.layer[-1].DenseReluDense.wo.float()
+    return model.eval()
+
+
+def make_tokenizer() -> object:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(RECIPES["tiny"].model, subfolder="tokenizer")  # any will do
+
+
+def make_cogvideox(recipe: Recipe, parts: Sequence[str], **transformer: object) -> object:
+    import diffusers as D
+
+    dtype = getattr(torch, recipe.dtype)
+    make = dict(
+        tokenizer=make_tokenizer,
+        text_encoder=lambda: make_encoder("T5", 32128, dtype),
+        transformer=lambda: D.CogVideoXTransformer3DModel(**transformer),  # all other defaults are the 2B's
+        vae=D.AutoencoderKLCogVideoX,
+    )
+    with made_of(dtype):
+        made = {name: make[name]() if name in parts else None for name in make}
+    return D.CogVideoXPipeline(**made, scheduler=D.CogVideoXDDIMScheduler.from_config(recipe.scheduler))
+
+
+def make_opensora_plan(recipe: Recipe, parts: Sequence[str]) -> object:
+    from models import opensora_plan as O
+
+    dtype = getattr(torch, recipe.dtype)
+    make = dict(
+        tokenizer=make_tokenizer,
+        text_encoder=lambda: make_encoder("MT5", 250112, dtype),
+        transformer=O.OpenSoraT2V_v1_3,
+        vae=O.WFVAEDecoder,
+    )
+    with made_of(dtype):
+        return O.OpenSoraPlanPipeline(**{name: make[name]() if name in parts else None for name in make})
+
+
+MAKE = {
+    "cogvideox": make_cogvideox,
+    "cogvideox-5b": partial(
+        make_cogvideox, num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True
+    ),
+    "opensora-plan": make_opensora_plan,
+}
+
+
+def full_size(name: str, tiling: bool = False) -> Backbone:
+    """A backbone whose parts are made on meta instead of loaded."""
+    recipe = RECIPES[name]
+    configs = dict(max_text_seq_length=226), recipe.scheduler
+    with patch.object(CogVideoX, "read_configs", return_value=configs):
+        backbone = recipe.backbone(
+            recipe.model, "meta", getattr(torch, recipe.dtype), recipe.guidance_scale, tiling=tiling
+        )
+    backbone.load_pipe = lambda *parts: MAKE[name](recipe, parts)
+    return backbone
+
+
+def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Iterator[tuple[str, float]]:
+    """Encode, sample a step of all three stages with each window batch, decode: the peak of each, in GiB."""
+    size, stride = recipe.window, recipe.settings.stride
+    windows = S.make_windows(size + 3 * stride, size, stride)
+    settings = replace(recipe.settings, csd_iters=1)
+    prompts = ["a story"] * len(windows)
+    with meta_as_gpu() as memory:
+        backbone.encode(prompts)
+        yield "encode", memory.take()
+        backbone.load()
+        levels = backbone.levels(recipe.num_inference_steps)[1:3]
+        latents = torch.randn(windows[-1].stop, *recipe.latent).to("meta")
+        memory.take()
+        for n in batches:
+            predict_x0 = in_batches(backbone.predict_x0, n)
+            latents = S.syncos(predict_x0, latents, levels, windows, prompts, settings, torch.Generator())
+            yield f"sampling, window batch {n}", memory.take()
+        backbone.release_transformer()
+        memory.take()
+        frames = sum(1 for _ in backbone.decode(latents[:5]))
+        assert frames == 4 * (5 - 1) + 1, frames
+        yield "decode", memory.take()
+
+
+def rows() -> Iterator[tuple[str, str]]:
+    """Of every big backbone: what it needs at the peak of each phase."""
+    for name in MAKE:
+        recipe = RECIPES[name]
+        pipe = MAKE[name](recipe, ("text_encoder", "transformer", "vae"))
+        parts = [x for part in pipe.components.values() if isinstance(part, torch.nn.Module) for x in part.parameters()]
+        figures = {
+            "all loaded": sum(x.nbytes for x in parts) / 2**30,
+            **dict(dry_run(full_size(name), recipe, (1, 2, 4))),
+        }
+        if name.startswith("cogvideox"):
+            figures["decode, tiled"] = dict(dry_run(full_size(name, tiling=True), recipe, ()))["decode"]
+        for what, gib in figures.items():
+            yield f"GPU memory, predicted, {name}, {what}", f"{gib:.1f} GiB"
