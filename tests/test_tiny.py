@@ -41,13 +41,23 @@ def test_the_fit_reads_the_renderer_back():
         found, fitted = fitter(noisy)
         assert found == tuple(story)
         assert (fitted - moved[::4]).abs().mean() < 0.04
+        assert (fitter.refine(noisy, found, fitted) - moved[::4]).abs().mean() < 0.004
+
+
+def test_the_refined_fit_of_a_clean_clip_is_its_motion():
+    stories = W.sample_stories(4, rng(1))
+    motion = W.sample_motion(stories, rng(2))[:, ::8]
+    fitter = W.Fitter()
+    for story, moved, clip in zip(stories.tolist(), motion, W.render(stories, motion)):
+        assert (fitter.refine(clip, story, fitter(clip)[1]) - moved).abs().max() < 0.002
 
 
 def test_objects_stay_in_the_picture_and_actions_are_what_they_say():
     stories = W.sample_stories(400, rng())
     motion = W.sample_motion(stories, rng())
     x, y, s = motion.unbind(-1)
-    assert (x - W.RADIUS * s > -0.1).all() and (x + W.RADIUS * s < 1.1).all() and (y < W.GROUND).all()
+    side = W.WIDEST * W.RADIUS * s
+    assert (x - side > -1e-6).all() and (x + side < 1 + 1e-6).all() and (y < W.GROUND).all()
     for action, value in enumerate([x, -x, None, s, -s]):
         if value is not None:
             mine = value[stories[:, 3] == action]

@@ -28,6 +28,7 @@ ACTIONS = {
     "grow": "It grows.",
     "shrink": "It shrinks.",
 }
+WIDEST = 1.26  # half the width of the widest shape, the star, in radii
 INK = torch.tensor([0.10, 0.08, 0.12])  # the outline
 PALETTE = torch.tensor(list(COLORS.values()))
 GRID = (torch.arange(SIZE) + 0.5) / SIZE
@@ -123,17 +124,20 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
     before, after = (draw(-20, 18).clamp(min=0) for _ in range(2))
     progress = ((t - before) / (FRAMES - 1 - before - after)).clamp(0, 1)
 
-    # x and size go from a start to an end that is far enough to be seen; the other of the two stands still
-    x_low, s_low = draw(0.22, 0.54), draw(0.65, 0.90)
-    x_high, s_high = (x_low + draw(0.24, 0.56)).clamp(max=0.78), (s_low + draw(0.35, 0.60)).clamp(max=1.35)
-    x, s = draw(0.22, 0.78).expand(n, FRAMES), draw(0.65, 1.35).expand(n, FRAMES)
-    x = torch.where(action[0], x_low + (x_high - x_low) * progress, x)
-    x = torch.where(action[1], x_high + (x_low - x_high) * progress, x)
+    # the size goes from a start to an end that is far enough to be seen, or stands still
+    s_low = draw(0.65, 0.90)
+    s_high = (s_low + draw(0.35, 0.60)).clamp(max=1.35)
+    s = torch.where(action[2], draw(0.65, 1.15), draw(0.65, 1.35)).expand(n, FRAMES)
     s = torch.where(action[3], s_low + (s_high - s_low) * progress, s)
     s = torch.where(action[4], s_high + (s_low - s_high) * progress, s)
 
-    # a small object, one hop a clip, from any phase of it
-    s = torch.where(action[2], draw(0.70, 0.95), s)
+    # so does x, wherever the frame holds the whole object at its largest
+    edge = WIDEST * RADIUS * s.amax(1, keepdim=True)
+    way = draw(0.24, 0.56).minimum(1 - 2 * edge) * (action[0] | action[1])
+    x_low = edge + (1 - 2 * edge - way) * draw(0, 1)
+    x = x_low + way * torch.where(action[1], 1 - progress, progress)
+
+    # one hop a clip, from any phase of it
     hop = draw(0.24, 0.30) * torch.sin(torch.pi * (t / (FRAMES - 1) + draw(0, 1))).square()
     y = GROUND - RADIUS * s - torch.where(action[2], hop, torch.zeros(()))
     return torch.stack([x, y, s], -1)
