@@ -1,7 +1,7 @@
 """Measure what the tiny world shows: single clips, and four-event videos whose colour and place are left open.
 
-    python measure/reproduce.py quality      single clips of full captions: the share that is right in shape, colour,
-                                             place and action
+    python measure/reproduce.py quality      single clips of full captions: how far they are from a clean picture, the
+                                             share that is right in shape, colour, place and action
     python measure/reproduce.py coherence    four-event videos, SynCoS against Gen-L-Video or any settings: do the
                                              windows show one identity (colour and place), do they follow their prompts
     python measure/reproduce.py chart        the same against the number of model evaluations, for many settings
@@ -73,6 +73,12 @@ class TinyModel:
     def video(self, latents: Tensor) -> Tensor:
         """Latents F C H W -> video T 3 H W in [0, 1]."""
         return torch.stack([torch.from_numpy(f) for f in self.decode(latents)]).permute(0, 3, 1, 2) / 255
+
+    def distances(self, video: Tensor) -> list[float]:
+        """Of each frame of a clip, T 3 H W, the mean square distance from the picture of the clip's closest fit."""
+        story, motion = self.fitter(video)
+        picture = W.render(torch.tensor([story]), self.fitter.refine(video, story, motion)[None])[0]
+        return (picture - video).square().mean((1, 2, 3)).tolist()
 
     def read(self, latents: Tensor, windows: list[slice]) -> dict:
         """What a video shows: the story of each window, the mean square distance from that story's own picture, of each
@@ -169,7 +175,7 @@ def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
     """n clips of random stories, ten at a time, by plain DDIM."""
     levels = model.levels(model.recipe.num_inference_steps)
     for batch in tqdm(range(0, n, 10), desc="clips / 10"):
-        key = f"quality {model.name} {batch}"
+        key = f"clips {model.name} {batch}"
         if key in done:
             continue
         generator = torch.Generator().manual_seed(batch)
@@ -180,9 +186,14 @@ def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
         for level, prev in zip(levels, levels[1:]):
             x0 = model.predict_x0(x, level.t, captions)
             x = revert(x0, implied_noise(x, x0, level), prev)
-        keep(key, [[model.fitter(model.video(z)[::4])[0], s] for z, s in zip(x, stories.tolist())])
-    pairs = [pair for batch in range(0, n, 10) for pair in done[f"quality {model.name} {batch}"]]
-    print(f"{len(pairs)} clips of full captions, share that is right (95 % bootstrap interval):")
+        videos = [model.video(z) for z in x]
+        keep(key, [[model.fitter(v)[0], s, model.distances(v)] for v, s in zip(videos, stories.tolist())])
+    clips = [clip for batch in range(0, n, 10) for clip in done[f"clips {model.name} {batch}"]]
+    pairs = [(got, asked) for got, asked, _ in clips]
+    print(f"{len(clips)} clips of full captions, mean square distance x 1000 from the picture of their own fit:")
+    print(f"  of a clip {interval([1000 * statistics.mean(distances) for *_, distances in clips])}")
+    print(f"  of its worst frame {interval([1000 * max(distances) for *_, distances in clips])}")
+    print("Share that is right (95 % bootstrap interval, as above):")
     for i, name in enumerate(NAMES):
         print(f"  {name:8} {interval([float(got[i] == asked[i]) for got, asked in pairs])}")
     for i, phrase in enumerate(W.ACTIONS.values()):
