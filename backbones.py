@@ -491,6 +491,7 @@ class Recipe:
     guidance_scale: float = 6.0
     fps: int = 8
     needs_gpu: bool = True
+    paper_t_min: float = 800  # the paper's, or for models that are not in it the same noise level
     window_batch: int = 1  # windows through the model at once
     captions: bool = False  # under the video
 
@@ -555,7 +556,8 @@ RECIPES["wan"] = Recipe(
     window=21,
     latent=(16, 60, 104),
     scheduler=dict(flow_shift=3.0),
-    settings=Settings(stride=6, t_min=930),  # a noise level: alpha/sigma there is CogVideoX-2B's at the paper's 800
+    settings=Settings(stride=6, t_min=930),
+    paper_t_min=930,  # alpha/sigma there is CogVideoX-2B's at 800
     dtype="bfloat16",
     scenario="corgi",
     num_frames=321,  # 81 latent frames, 20 s

@@ -25,7 +25,7 @@ import prompts as P
 import videos as V
 
 PRESETS = {  # changes to a backbone's own settings
-    "paper": dict(t_min=800, csd_iters=20),
+    "paper": dict(csd_iters=20),  # and its t_min, `Recipe.paper_t_min`
     "fast": dict(csd_iters=2),  # ours: in the tiny world more hardly help (measure/reproduce.py chart)
 }
 
@@ -267,7 +267,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
         recipe = recipe.backbone.resize(recipe, *(own | size).values())
     given_settings = pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min", "causal")
-    settings = replace(recipe.settings, **PRESETS.get(args.preset, {}) | given_settings)
+    presets = dict(PRESETS, paper=PRESETS["paper"] | dict(t_min=recipe.paper_t_min))
+    settings = replace(recipe.settings, **presets.get(args.preset, {}) | given_settings)
     recipe = replace(
         recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
     )
@@ -465,7 +466,7 @@ def decode(args: argparse.Namespace, backbone: Any, latents: dict[str, Any], abo
         streams = {name: backbone.decode(x) for name, x in latents.items()}
         V.write_story(args.output_path, streams, about["num_frames"], fps, events, about["global"], captions, comment)
     except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
-        tiles = " --vae_tiling" * isinstance(error, torch.OutOfMemoryError)
+        tiles = " --vae_tiling" * (isinstance(error, torch.OutOfMemoryError) and "cogvideox" in about["backbone"])
         raise stopped(error, f"The latents are safe; --decode {safe}{tiles} goes on.") from None
 
 
