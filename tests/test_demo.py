@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -235,3 +236,52 @@ def test_a_story_file_is_the_same_as_its_words(base, tmp_path, capsys):
     (tmp_path / "story.json").write_text(json.dumps({"global": "a red fox .", "local": ["it runs", "it jumps"]}))
     call(*base[: base.index("--prompt")], "--story", tmp_path / "story.json", "--plan")
     assert capsys.readouterr().out == words
+
+
+def test_a_video_says_how_it_was_made(base, tmp_path):
+    """In its metadata, which any player shows; and a suffix may be in capitals."""
+    call(*base, "--output_path", tmp_path / "video.MP4")
+    ffmpeg = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-loglevel",
+        "quiet",
+        "-i",
+        tmp_path / "video.MP4",
+        "-f",
+        "ffmetadata",
+        "-",
+    ]
+    text = subprocess.run(ffmpeg, capture_output=True, text=True, check=True).stdout.replace("\\", "")
+    run = json.loads(re.search(r"comment=(.*)", text)[1])
+    assert run["seed"] == 0 and run["prompts"][0] == "a red fox . it runs" and "syncos" in run["methods"]
+    data = (tmp_path / "video.MP4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # plays while it loads
+
+
+def test_captions_stand_under_the_picture_and_change_with_the_event(base, tmp_path):
+    call(*base, "--compare", "--save_latents")
+    plain = frames_of(tmp_path / "video.mp4")
+    call(
+        "--decode", tmp_path / "video.safetensors", "--device", "cpu", "--captions", "--output_path", tmp_path / "c.mp4"
+    )
+    frames = frames_of(tmp_path / "c.mp4").astype(int)
+    assert frames.shape[1] > 256 and frames.shape[2] == plain.shape[2]
+    assert np.abs(frames[:, :256] - plain).mean() < 3
+    strips = frames[:, 256 + 6 :]
+    cut = round(33 * prompts.event_spans([slice(0, 5), slice(2, 7), slice(4, 9)], [0, 1, 1])[0][1])
+    change = np.abs(strips[1:] - strips[:-1]).mean((1, 2, 3))
+    assert change.argmax() + 1 in (cut - 1, cut, cut + 1) and np.median(change) < change.max() / 3
+    assert strips.min() < 100 and strips.max() > 240  # black on white
+
+
+def test_a_stage_2_that_never_runs_is_said(base, capsys):
+    call(*base, "--t_min", 1000, "--plan")
+    assert "stage 2 never runs, for no t of the walk is above t_min = 1000" in capsys.readouterr().out
+    call(*base, "--plan")
+    assert "stage 2 above t = 300, in 2 of them, down to alpha/sigma = " in capsys.readouterr().out
+
+
+def test_the_papers_preset_keeps_a_models_noise_level(capsys):
+    for backbone, t_min in {"cogvideox": 800, "opensora-plan": 800, "tiny": 800, "wan": 930}.items():
+        call("--backbone", backbone, "--preset", "paper", "--plan")
+        assert f"stage 2 above t = {t_min}, " in capsys.readouterr().out
