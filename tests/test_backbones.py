@@ -110,6 +110,27 @@ def test_parts_are_in_memory_in_their_turn(pipeline_folder, monkeypatch, offload
     assert np.array_equal(preview, list(backbone.decode(latents)))
 
 
+def test_the_decoder_comes_to_the_device_for_every_piece(pipeline_folder, monkeypatch):
+    """Under offload by model; though its decoder's forward is replaced while it streams."""
+    moved, pre_forward = [], accelerate.hooks.CpuOffload.pre_forward
+    monkeypatch.setattr(
+        accelerate.hooks.CpuOffload,
+        "pre_forward",
+        lambda self, module, *args, **kwargs: moved.append(module) or pre_forward(self, module, *args, **kwargs),
+    )
+    backbone = CogVideoX(pipeline_folder, offload="model")
+    backbone.load(decoder_only=True)
+    assert len(list(backbone.decode(randn(5, 4, 2, 4)))) == 17
+    assert moved == [backbone.pipe.vae] * 2
+
+
+def test_what_must_stay_float32_does(pipeline_folder):
+    """T5's `wo` overflows in float16, so transformers keeps it; it does through a pipeline and its placement, too."""
+    pipe = CogVideoX(pipeline_folder, dtype=torch.float16).bring("tokenizer", "text_encoder")
+    kept = {name.split(".")[-2] for name, p in pipe.text_encoder.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"wo"} and pipe.text_encoder.dtype == torch.float16
+
+
 def test_a_missing_part_is_a_sentence(pipeline_folder, tmp_path):
     shutil.copytree(pipeline_folder, tmp_path / "model")
     for part, call in dict(

@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload
 from conftest import make_tokenizer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import MT5Config, MT5EncoderModel
 
 import demo
@@ -283,6 +284,20 @@ def test_prompts_carry_the_template_and_a_mask(release, monkeypatch):
     assert seen == [backbone.negative_prompt, "high quality, high aesthetic, a fox"]
     text, mask = backbone.texts["a fox"]
     assert text.shape == (512, 16) and mask.shape == (512,) and mask.sum() == len(tokenizer(seen[1]).input_ids)
+
+
+def test_a_text_encoder_in_a_bin_file_is_mapped_and_not_read(release, monkeypatch):
+    """mt5-xxl is one of 51.7 GB, decoder and all: in memory it takes the encoder, in its own precision."""
+    folder = release / "mt5-xxl"
+    (weights,) = folder.glob("*.safetensors")
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: seen.append(options) or load(path, **options))
+    backbone = OpenSoraPlan(str(release), dtype=torch.float16)
+    backbone.encode(["a fox"])
+    assert [(o["mmap"], o["weights_only"]) for o in seen] == [(True, True)]
+    assert backbone.texts["a fox"][0].isfinite().all()
 
 
 def test_schedule_and_recipe():
