@@ -424,6 +424,7 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
         )
     except trouble as error:
         raise stopped(error, keep_state()) from None
+    leave_processes()
     if not main_process():
         return
 
@@ -484,9 +485,17 @@ def join_processes(args: argparse.Namespace) -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))  # previews may take the first long
-    atexit.register(dist.destroy_process_group)
+    atexit.register(leave_processes)
     if not main_process():
         sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes() -> None:
+    """All at once, for with NCCL each may wait for the others: before the first decodes alone."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def load(args: argparse.Namespace, recipe: Any, device: str, dtype: Any) -> Any:
