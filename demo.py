@@ -35,7 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
     own = "(default: the backbone's)"
 
     group = parser.add_argument_group("model")
-    group.add_argument("--backbone", default="tiny", help="tiny (default), cogvideox, cogvideox-5b, opensora-plan, wan")
+    group.add_argument(
+        "--backbone", default="tiny", help="tiny (default), cogvideox, cogvideox-5b, opensora-plan, wan, videocrafter2"
+    )
     group.add_argument("--model", help=f"hub id or folder of a pipeline in diffusers format {own}")
     group.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     group.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help=f"{own}; float32 on a CPU")
@@ -43,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
                        help="keep parts of the model off the GPU: less memory, slower (default: none)")  # fmt: skip
     group.add_argument("--window_batch", type=int, help=f"most windows that go through the model at once {own}")
     for name, unit in dict(height="pixels", width="pixels", window_frames="video frames").items():
-        group.add_argument(f"--{name}", type=int, help=f"of the base clip, in {unit}; opensora-plan and wan {own}")
+        group.add_argument(f"--{name}", type=int, help=f"of the base clip, in {unit}; not cogvideox {own}")
     group.add_argument("--vae_tiling", action="store_true", help="decode in spatial tiles: less memory, slower")
 
     group = parser.add_argument_group("story (one of; default: the backbone's scenario)")
@@ -218,8 +220,8 @@ def latent_frames(num_frames: int, recipe: Any) -> int:
     if (num_frames - 1) % step or num_frames < least:
         nearest = max(step * round((num_frames - 1) / step) + 1, least)
         raise ValueError(
-            f"--num_frames {num_frames} fits no window plan: it must be {step} n + 1 and at least {least}; the nearest "
-            f"is {nearest}."
+            f"--num_frames {num_frames} fits no window plan: it must be {f'{step} n + 1 and ' * (step > 1)}at least "
+            f"{least}; the nearest is {nearest}."
         )
     return (num_frames - 1) // c + 1
 

@@ -67,7 +67,9 @@ def in_new_process(f: Callable, *args):
 
 
 def windows_of(recipe: Recipe) -> list[slice]:
-    return S.make_windows((recipe.num_frames - 1) // 4 + 1, recipe.window, recipe.settings.stride)
+    return S.make_windows(
+        (recipe.num_frames - 1) // recipe.frames_per_latent + 1, recipe.window, recipe.settings.stride
+    )
 
 
 def evaluations(recipe: Recipe, method: str) -> int:

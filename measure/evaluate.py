@@ -169,7 +169,9 @@ def shorter_side(x: Tensor, size: int, mode: str) -> Tensor:
 # A video
 
 
-def place_story(path: Path, story: P.Story, window: int, stride: int) -> tuple[list[slice], list[tuple[int, int]]]:
+def place_story(
+    path: Path, story: P.Story, window: int, stride: int, frames_per_latent: int = 4
+) -> tuple[list[slice], list[tuple[int, int]]]:
     """How a video was made: its windows, in latent frames, and from which to which video frame each event lasts.
 
     Raises ValueError if the video cannot be read, is too short, or has too few windows for the story.
@@ -177,7 +179,7 @@ def place_story(path: Path, story: P.Story, window: int, stride: int) -> tuple[l
     count = sum(1 for _ in read_frames(path)[0])
     if count < 2:
         raise ValueError(f"{path} has {count} frame; at least two are needed.")
-    latents = (count - 1) // 4 + 1
+    latents = (count - 1) // frames_per_latent + 1
     windows = make_windows(latents, min(window, latents), min(stride, window, latents))
     spans = P.event_spans(windows, P.assign_events(windows, len(story.local_prompts)))
     return windows, [(int(a * count), int(b * count)) for a, b in spans]
@@ -190,6 +192,7 @@ def evaluate(
     spans: Sequence[tuple[int, int]],
     networks: Networks,
     batch: int = 16,
+    frames_per_latent: int = 4,
 ) -> dict:
     """All measures of a video; windows and spans are `place_story`'s."""
     frames, fps = read_frames(path)
@@ -211,7 +214,7 @@ def evaluate(
         "global fidelity": fidelity(background, whole) if story.global_prompt else None,
         "local fidelity": statistics.mean(events),
         "scenes": watch.scenes,
-        "seam ratio": seam_ratio(watch.differences, window_joins(windows)),
+        "seam ratio": seam_ratio(watch.differences, window_joins(windows, frames_per_latent)),
         "motion": watch.motion,
         "local fidelity of each event": events,
         "drift": drift(subject),
@@ -279,6 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--trajectories", type=Path, metavar="FILE", help="draw a trace into FILE's name with .png")
     parser.add_argument("--window", type=int, default=13, help="of the video's windows, latent frames (default: 13)")
     parser.add_argument("--stride", type=int, default=4, help="between them, latent frames (default: 4)")
+    parser.add_argument("--frames_per_latent", type=int, default=4, help="1 for videocrafter2 (default: 4)")
     parser.add_argument("--dino", default=DINO, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--clip", default=CLIP, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -298,13 +302,13 @@ def main(argv: list[str] | None = None) -> None:
         check_output(path, (".json",))
         story = P.SCENARIOS[args.scenario] if args.scenario else P.load_story(args.story)
         check_device(args.device)
-        if args.batch < 1 or args.window < 1 or args.stride < 1:
-            raise ValueError("--batch, --window and --stride must be at least 1.")
-        windows, spans = place_story(args.video, story, args.window, args.stride)
+        if min(args.batch, args.window, args.stride, args.frames_per_latent) < 1:
+            raise ValueError("--batch, --window, --stride and --frames_per_latent must be at least 1.")
+        windows, spans = place_story(args.video, story, args.window, args.stride, args.frames_per_latent)
         networks = Networks(args.dino, args.clip, args.device)
     except ValueError as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    scores = evaluate(args.video, story, windows, spans, networks, args.batch)
+    scores = evaluate(args.video, story, windows, spans, networks, args.batch, args.frames_per_latent)
     print(describe(scores))
     path.write_text(json.dumps(scores, indent=1) + "\n")
     print(f"Wrote {path}")

@@ -126,7 +126,7 @@ def make_opensora_plan(recipe: Recipe, parts: Sequence[str]) -> object:
         vae=O.WFVAEDecoder,
     )
     with made_of(dtype):
-        return O.OpenSoraPlanPipeline(**{name: make[name]() if name in parts else None for name in make})
+        return O.Parts.make(lambda name: make[name](), parts)
 
 
 MAKE = {
@@ -170,7 +170,7 @@ def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Itera
         backbone.release_transformer()
         memory.take()
         frames = sum(1 for _ in backbone.decode(latents[:5]))
-        assert frames == 4 * (5 - 1) + 1, frames
+        assert frames == recipe.frames_per_latent * (5 - 1) + 1, frames
         yield "decode", memory.take()
 
 

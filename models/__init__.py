@@ -1,1 +1,1 @@
-"""Ports of models that no maintained package has."""
+"""Ports of models that no maintained package has, and loaders of checkpoints in other layouts."""

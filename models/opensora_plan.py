@@ -6,14 +6,13 @@ names, so that its files load strictly. Inference only: no encoder, no training,
     B batch, T latent frames, C channels, H x W latent height and width; S tokens of width D; L text tokens
 """
 
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection
@@ -21,6 +20,8 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoTokenizer, MT5EncoderModel
+
+from models.loading import Parts, check_fit, fill, read_checkpoint
 
 
 class Ported(ModelMixin, ConfigMixin):
@@ -388,39 +389,23 @@ TRANSFORMER = "any93x640x640"  # the released folder of the text-to-video model
 TEXT_ENCODER = "google/mt5-xxl"
 
 
-class OpenSoraPlanPipeline(DiffusionPipeline):
-    """The models together, for diffusers' placement and offload; nothing here samples."""
+def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Parts:
+    """Some parts of a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-
-    def __init__(self, tokenizer, text_encoder, transformer, vae):
-        super().__init__()
-        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
-
-    @classmethod
-    def load(cls, model: str, dtype: torch.dtype, parts: Sequence[str]) -> "OpenSoraPlanPipeline":
-        """Some parts of a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0, None for the others.
-
-        Tokenizer and text encoder come from its mt5-xxl/, if it is a folder that has one, or from TEXT_ENCODER. Raises
-        ValueError if something is missing or unfit.
-        """
-        text = str(Path(model) / "mt5-xxl") if (Path(model) / "mt5-xxl").is_dir() else TEXT_ENCODER
-        load = dict(
-            tokenizer=lambda: AutoTokenizer.from_pretrained(text),
-            text_encoder=lambda: MT5EncoderModel.from_pretrained(text, dtype=dtype),
-            transformer=lambda: load_transformer(model, dtype),
-            vae=lambda: load_decoder(model).to(dtype),
-        )
-        try:
-            return cls(**{name: load[name]() if name in parts else None for name in load})
-        except OSError as error:
-            raise ValueError(f"Cannot load the text encoder {text}: {str(error).splitlines()[0]}") from error
-
-
-def check_fit(what: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable) -> None:
-    for problem, keys in dict(missing=missing, unexpected=unexpected, mismatched=mismatched).items():
-        if keys := sorted(map(str, keys)):
-            raise ValueError(f"{what} does not fit its config.json: {len(keys)} {problem} keys, first {keys[0]}.")
+    Tokenizer and text encoder come from its mt5-xxl/, if it is a folder that has one, or from TEXT_ENCODER. Raises
+    ValueError if something is missing or unfit.
+    """
+    text = str(Path(model) / "mt5-xxl") if (Path(model) / "mt5-xxl").is_dir() else TEXT_ENCODER
+    load = dict(
+        tokenizer=lambda: AutoTokenizer.from_pretrained(text),
+        text_encoder=lambda: MT5EncoderModel.from_pretrained(text, dtype=dtype),
+        transformer=lambda: load_transformer(model, dtype),
+        vae=lambda: load_decoder(model).to(dtype),
+    )
+    try:
+        return Parts.make(lambda name: load[name](), parts)
+    except OSError as error:
+        raise ValueError(f"Cannot load the text encoder {text}: {str(error).splitlines()[0]}") from error
 
 
 def load_transformer(model: str, dtype: torch.dtype) -> OpenSoraT2V_v1_3:
@@ -446,18 +431,12 @@ def load_decoder(model: str) -> WFVAEDecoder:
         decoder = WFVAEDecoder.from_config(WFVAEDecoder.load_config(model, subfolder="vae"))
         path = Path(model) / "vae" / "merged.ckpt"
         path = path if Path(model).is_dir() else hf_hub_download(model, "vae/merged.ckpt")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(path)
     except OSError as error:
         raise ValueError(f"Cannot load {model}/vae, which needs config.json and merged.ckpt: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is refused: it must be a torch file of tensors and nothing else.") from error
     for key in ("ema_state_dict", "state_dict", "gen_model"):
         state = state.get(key) or state
     state = {key.replace("module.", ""): value for key, value in state.items()}  # in their order: later ones win
     state = {k[8:]: v for k, v in state.items() if k.startswith("decoder.") and "wavelet" not in k}
-    own = {k: v.shape for k, v in decoder.state_dict().items()}
-    both = own.keys() & state.keys()
-    wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k])}" for k in both if own[k] != state[k].shape]
-    check_fit(str(path), own.keys() - state.keys(), state.keys() - own.keys(), wrong)
-    decoder.load_state_dict(state)
+    fill(decoder, state, str(path))
     return decoder.eval()

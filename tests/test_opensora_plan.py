@@ -330,5 +330,5 @@ def test_demo_end_to_end(release, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             demo.make_plan(demo.make_parser().parse_args([*common, *bad]))
-    with pytest.raises(ValueError, match="other models have one size"):
+    with pytest.raises(ValueError, match="whose models have one size"):
         demo.make_plan(demo.make_parser().parse_args(["--height", "64"]))
