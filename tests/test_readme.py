@@ -52,10 +52,10 @@ def test_the_snippet_runs_and_is_the_backbone(tmp_path, monkeypatch):
     assert (x - names["latents"]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("column, name", enumerate(["cogvideox", "opensora-plan", "wan", "tiny"], 1))
+@pytest.mark.parametrize("column, name", enumerate(["cogvideox", "opensora-plan", "wan", "videocrafter2", "tiny"], 1))
 def test_the_settings_table_is_the_recipes(column, name):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:2] == "| "]
-    cells = {re.sub(r"\[|\]\(.*\)|`|--", "", row[0]): row[column] for row in rows if len(row) == 6}
+    cells = {re.sub(r"\[|\]\(.*\)|`|--", "", row[0]): row[column] for row in rows if len(row) == 7}
     r = RECIPES[name]
     s: Settings = r.settings
     windows = make_windows((r.num_frames - 1) // r.frames_per_latent + 1, r.window, s.stride)
