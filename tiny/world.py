@@ -127,7 +127,7 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
     # the size goes from a start to an end that is far enough to be seen, or stands still
     s_low = draw(0.65, 0.90)
     s_high = (s_low + draw(0.35, 0.60)).clamp(max=1.35)
-    s = torch.where(action[2], draw(0.65, 1.15), draw(0.65, 1.35)).expand(n, FRAMES)
+    s = torch.where(action[2], draw(0.70, 0.95), draw(0.65, 1.35)).expand(n, FRAMES)
     s = torch.where(action[3], s_low + (s_high - s_low) * progress, s)
     s = torch.where(action[4], s_high + (s_low - s_high) * progress, s)
 
@@ -137,7 +137,7 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
     x_low = edge + (1 - 2 * edge - way) * draw(0, 1)
     x = x_low + way * torch.where(action[1], 1 - progress, progress)
 
-    # one hop a clip, from any phase of it
+    # a small object jumps: one hop a clip, from any phase of it
     hop = draw(0.24, 0.30) * torch.sin(torch.pi * (t / (FRAMES - 1) + draw(0, 1))).square()
     y = GROUND - RADIUS * s - torch.where(action[2], hop, torch.zeros(()))
     return torch.stack([x, y, s], -1)
