@@ -14,7 +14,8 @@ A model adds a subclass of about 60 lines with
                             the noise levels of a walk
     load_pipe(*parts)       a pipeline of diffusers with these parts only, of tokenizer, text_encoder, transformer, vae
     encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis
-    denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v, eps or a flow
+    denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v, eps or a flow. t is
+                            float32: B, or B x f (a timestep a frame) if the model has `frame_timesteps`
     decode(latents)         frames, one at a time
 
 and a `Recipe` in RECIPES with the paper's settings. Latents are B x f x C x H x W everywhere, as in syncos.py.
@@ -33,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncos import Level, PredictX0, Settings, diffusion_levels, flow_levels, to_x0
+from syncos import Level, PredictX0, Settings, diffusion_levels, flow_levels, stack_levels, to_x0
 
 
 def in_batches(predict_x0: PredictX0, size: int, done: Callable[[int], Any] = lambda n: None) -> PredictX0:
@@ -43,14 +44,14 @@ def in_batches(predict_x0: PredictX0, size: int, done: Callable[[int], Any] = la
     that every matrix product has the size that it has in one process: the result is the same bit for bit.
     """
 
-    def predict(latents: Tensor, t: float, prompts: list[str]) -> Tensor:
+    def predict(latents: Tensor, t: float | Tensor, prompts: list[str]) -> Tensor:
         several = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         out = torch.zeros_like(latents)
         for n, i in enumerate(range(0, len(prompts), size)):
             batch = slice(i, i + size)
             if n % world == rank:
-                out[batch] = predict_x0(latents[batch], t, prompts[batch])
+                out[batch] = predict_x0(latents[batch], t[batch] if isinstance(t, Tensor) else t, prompts[batch])
             done(len(prompts[batch]))
         if world > 1:
             try:
@@ -73,6 +74,7 @@ class Backbone:
     pipe: Any  # of diffusers: the models, their placement and offload
     prediction: str  # "v_prediction", "epsilon" or "flow"
     negative_prompt = ""
+    frame_timesteps = False  # can frames of one window have different timesteps?
     scheduler: Mapping
 
     def __init__(
@@ -142,17 +144,30 @@ class Backbone:
         free_memory()
 
     @torch.no_grad()
-    def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """SynCoS's model contract: noisy windows B x f x C x H x W in, guided clean estimates out, both float32."""
+    def predict_x0(self, latents: Tensor, t: float | Tensor, prompts: list[str]) -> Tensor:
+        """SynCoS's model contract: noisy windows B x f x C x H x W in, guided clean estimates out, both float32.
+
+        Raises ValueError for timesteps B x f if the model takes one a window only.
+        """
+        if isinstance(t, Tensor):
+            if not self.frame_timesteps:
+                raise ValueError(f"{type(self).__name__} takes one timestep a window, not one for each of its frames.")
+            level = stack_levels([[self.at[x] for x in row] for row in t.tolist()], latents.device)
+        else:
+            level = self.at[t]
         x = latents.to(self.device, self.dtype)
+        times = torch.as_tensor(t, dtype=torch.float32, device=self.device)  # one number or B f
+        times = times.expand(len(x), *times.shape[1:])  # B or B f
         guided = self.guidance_scale > 1
+        if guided:
+            x, times = torch.cat([x, x]), torch.cat([times, times])
         texts = [self.texts[p] for p in [self.negative_prompt] * len(prompts) * guided + prompts]
         stacked = [torch.stack(parts) for parts in zip(*texts)]  # (2)B ... each
-        output = self.denoise(torch.cat([x, x]) if guided else x, t, *stacked).float().to(latents.device)
+        output = self.denoise(x, times, *stacked).float().to(latents.device)
         if guided:
             negative, positive = output.chunk(2)
             output = negative + self.guidance_scale * (positive - negative)
-        return to_x0(output, latents, self.at[t], self.prediction)
+        return to_x0(output, latents, level, self.prediction)
 
 
 def free_memory() -> None:
@@ -171,6 +186,7 @@ class CogVideoX(Backbone):
     Every window is a clip of its own to the model: positions restart at 0.
     """
 
+    frame_timesteps = True
     rotary = None
 
     def __init__(self, model: str, *args, **options):
@@ -217,8 +233,12 @@ class CogVideoX(Backbone):
     def load_pipe(self, *parts: str) -> Any:
         from diffusers import CogVideoXPipeline
 
+        from models.cogvideox import take_frame_timesteps
+
         absent = {"tokenizer", "text_encoder", "transformer", "vae"} - set(parts)
         pipe = CogVideoXPipeline.from_pretrained(self.model, dtype=self.dtype, **dict.fromkeys(absent))
+        if "transformer" in parts:
+            take_frame_timesteps(pipe.transformer)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -238,9 +258,8 @@ class CogVideoX(Backbone):
         embedding, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
         return (embedding[0],)  # L D
 
-    def denoise(self, x: Tensor, t: float, text: Tensor) -> Tensor:
-        timestep = torch.full((len(x),), t, device=self.device)
-        return self.pipe.transformer(x, text, timestep, image_rotary_emb=self.rotary, return_dict=False)[0]
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.pipe.transformer(x, text, t.flatten(), image_rotary_emb=self.rotary, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
@@ -303,6 +322,7 @@ class OpenSoraPlan(Backbone):
     """
 
     prediction = "v_prediction"
+    frame_timesteps = True
     positive = "high quality, high aesthetic, {}"  # the authors' templates; tokens are the same without line breaks
     negative_prompt = (
         "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
@@ -358,9 +378,8 @@ class OpenSoraPlan(Backbone):
         output = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
         return output.last_hidden_state[0].to(self.dtype), tokens.attention_mask[0].bool()  # L D, L
 
-    def denoise(self, x: Tensor, t: float, text: Tensor, mask: Tensor) -> Tensor:
-        timestep = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
-        return self.pipe.transformer(x, timestep, text, mask)
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        return self.pipe.transformer(x, t, text, mask)
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Latents F x C x H x W as 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time."""
@@ -379,6 +398,7 @@ class Wan(Backbone):
     """
 
     prediction = "flow"
+    frame_timesteps = True
     negative_prompt = (  # ours, in English; the authors' own, in Chinese, is longer
         "gaudy colours, overexposed, blurred details, subtitles, drawing, grey all over, worst quality, low quality, "
         "jpeg artifacts, ugly, disfigured, deformed limbs, extra fingers, bad hands, bad faces, cluttered background, "
@@ -444,9 +464,10 @@ class Wan(Backbone):
         embedding, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
         return (embedding[0],)  # L D
 
-    def denoise(self, x: Tensor, t: float, text: Tensor) -> Tensor:
-        timestep = torch.full((len(x),), t, device=self.device)
-        flow = self.pipe.transformer(x.transpose(1, 2), timestep, text, return_dict=False)[0]  # B C f H W
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        if t.ndim == 2:  # the model knows timesteps of tokens, of patches of 1 x 2 x 2
+            t = t.repeat_interleave(x.shape[3] * x.shape[4] // 4, dim=1)  # B S
+        flow = self.pipe.transformer(x.transpose(1, 2), t, text, return_dict=False)[0]  # B C f H W
         return flow.transpose(1, 2)
 
     @torch.no_grad()
@@ -540,9 +561,8 @@ class VideoCrafter2(Backbone):
         ids = torch.tensor([ids + [0] * (self.text_length - len(ids))], device=self.device)
         return (pipe.text_encoder(ids).last_hidden_state[0],)  # 77 D
 
-    def denoise(self, x: Tensor, t: float, text: Tensor) -> Tensor:
-        timestep = torch.full((len(x),), t, device=self.device)
-        return self.pipe.transformer(x.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.pipe.transformer(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:

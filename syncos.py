@@ -11,7 +11,8 @@ The model enters only through a function:
 
     predict_x0(latents, t, prompts) -> x0
         latents   B x f x C x H x W, float32: noisy windows, all at timestep t
-        t         the timestep as the model's scheduler counts it (999 = noise for most)
+        t         the timestep as the model's scheduler counts it (999 = noise for most); or a tensor B x f of them, one
+                  a frame (`fifo` needs that, nothing here does)
         prompts   list of B strings
         x0        B x f x C x H x W, float32: the clean estimates, guidance already applied
 
@@ -31,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PredictX0 = Callable[[Tensor, float, list[str]], Tensor]
+PredictX0 = Callable[[Tensor, float | Tensor, list[str]], Tensor]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ PredictX0 = Callable[[Tensor, float, list[str]], Tensor]
 
 
 class Level(NamedTuple):
-    """One noise level: x_t = alpha x0 + sigma eps."""
+    """One noise level: x_t = alpha x0 + sigma eps. Or one of each frame, in tensors, by `stack_levels`."""
 
     t: float  # the timestep the model is told; -1 for the final level
     alpha: float  # 0 at zero terminal SNR
@@ -79,8 +80,15 @@ def _check_descending(timesteps: Sequence[float]) -> None:
         raise ValueError(f"Timesteps must be a descending list, from noise to clean, got {list(timesteps)[:5]}...")
 
 
+def stack_levels(levels: Sequence, device: torch.device) -> Level:
+    """A level of each frame as one that broadcasts. levels: F of them, or B lists of f. t: F or B x f, float64, on the
+    CPU; alpha and sigma: with three axes more, for C x H x W, float32."""
+    t, alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(-1)
+    return Level(t, *(x[..., None, None, None].float().to(device) for x in (alpha, sigma)))
+
+
 def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Tensor:
-    """A model's output as the clean estimate x0. All tensors of one shape.
+    """A model's output as the clean estimate x0. Tensors of one shape.
 
     prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero terminal SNR; there
     an eps-prediction says nothing about x0, so alpha = 0 raises ValueError.
@@ -91,7 +99,7 @@ def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Ten
         return latents - level.sigma * output
     if prediction != "epsilon":
         raise ValueError(f'Prediction must be "v_prediction", "epsilon" or "flow", got "{prediction}".')
-    if level.alpha == 0:
+    if torch.as_tensor(level.alpha == 0).any():
         raise ValueError(
             f"An eps-prediction has no x0 at zero SNR (t = {level.t}); start the walk at a lower timestep."
         )

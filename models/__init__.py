@@ -1,1 +1,1 @@
-"""Ports of models that no maintained package has, and loaders of checkpoints in other layouts."""
+"""Ports of models that no maintained package has, what the packaged ones lack, and loaders of other layouts."""

@@ -113,15 +113,21 @@ class Block(nn.Module):
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor, adaln: Tensor, angles: Tensor) -> Tensor:
-        """x (B, S, D), text (B, L, D), mask (B, 1, 1, L), adaln (B, 6, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + adaln).chunk(6, 1)  # B 1 D each
-        x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps), angles=angles)
+        """x (B, S, D), text (B, L, D), mask (B, 1, 1, L), adaln (B, n, 6, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + adaln).chunk(6, 2)  # B n 1 D each
+        x = x + scaled(self.attn1(modulate(x, shift1, scale1, self.eps), angles=angles), gate1)
         x = x + self.attn2(x, text, mask)  # neither norm nor gate
-        return x + gate2 * self.ff(modulate(x, shift2, scale2, self.eps))
+        return x + scaled(self.ff(modulate(x, shift2, scale2, self.eps)), gate2)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """Tokens (B, S, D) by (B, n, 1, D): in n equal parts, each by its own."""
+    return (x.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1, 2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    x = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))  # B n S/n D
+    return (x * (1 + scale) + shift).flatten(1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -170,8 +176,8 @@ class OpenSoraT2V_v1_3(Ported):
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Latents (B, T, C, H, W), timestep (B,) of 0 to 999 in float32 (bfloat16 cannot hold 999), text (B, L,
-        caption_channels) with its mask (B, L), true for words -> v, (B, T, C, H, W)."""
+        """Latents (B, T, C, H, W), timestep (B,) or (B, T) of 0 to 999 in float32 (bfloat16 cannot hold 999), text (B,
+        L, caption_channels) with its mask (B, L), true for words -> v, (B, T, C, H, W)."""
         c, (T, _, H, W) = self.config, latents.shape[1:]
         p = c.patch_size
         grid = (T, H // p, W // p)
@@ -179,11 +185,12 @@ class OpenSoraT2V_v1_3(Ported):
         angles = rotary_table(grid, scales, c.attention_head_dim).to(latents.device)
 
         x = self.pos_embed(latents)
-        adaln, embedded = self.adaln_single(timestep.float(), hidden_dtype=x.dtype)  # B 6D, B D
+        adaln, embedded = self.adaln_single(timestep.float().flatten(), hidden_dtype=x.dtype)  # B n 6D, B n D, n 1 or T
+        adaln, embedded = adaln.view(len(x), -1, 6, x.shape[-1]), embedded.view(len(x), -1, 1, x.shape[-1])
         text, mask = self.caption_projection(text), text_mask.bool()[:, None, None]
         for block in self.transformer_blocks:
-            x = block(x, text, mask, adaln.unflatten(1, (6, -1)), angles)
-        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, 1)  # of the embedding itself, no SiLU
+            x = block(x, text, mask, adaln, angles)
+        shift, scale = (self.scale_shift_table + embedded).chunk(2, 2)  # of the embedding itself, no SiLU
         x = self.proj_out(modulate(x, shift, scale, 1e-6))
         return x.unflatten(1, grid).unflatten(-1, (p, p, -1)).permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
