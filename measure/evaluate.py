@@ -17,8 +17,8 @@ The first prints the measures and writes them, with the curve of drift, to VIDEO
     motion                   mean absolute frame difference, pixels in [0, 1]; always beside the rest, for a still image
                              is perfectly consistent
 
-Numbers compare with VBench's tables only if models, lengths and prompts are theirs. Frames stream through: memory grows
-by their features only.
+Numbers compare with VBench's tables only if models, lengths and prompts are theirs; captions would count, so leave
+them out. Frames stream through: memory grows by their features only.
 """
 
 import argparse
