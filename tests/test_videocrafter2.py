@@ -17,15 +17,15 @@ import demo
 from backbones import RECIPES, VideoCrafter2, get_recipe, to_uint8
 from models import videocrafter2
 from models.videocrafter2 import load_part, unet_key
-from syncos import METHODS, Settings, syncos, to_x0
+from syncos import METHODS, Level, Settings, syncos, to_x0
 
 with safe_open(Path(__file__).parent / "data" / "vc2_tiny.safetensors", "pt") as file:
     GOLDEN = {key: file.get_tensor(key) for key in file.keys()}
     UNET = json.loads(file.metadata()["config"])
 LAYERS, WIDTH, VOCABULARY = 24, 24, 16  # of the official text encoder: all its layers, narrow
 VAE = dict(videocrafter2.RELEASE["vae"], block_out_channels=[8, 8, 16, 16], layers_per_block=1, norm_num_groups=4)
-TEXT = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS - 1,
-            num_attention_heads=2, hidden_act="gelu", bos_token_id=2, eos_token_id=1)  # fmt: skip
+TEXT = dict(videocrafter2.RELEASE["text_encoder"], vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48,
+            num_attention_heads=2, bos_token_id=2, eos_token_id=1)  # fmt: skip
 
 
 def maxdiff(a, b):
@@ -186,6 +186,15 @@ def test_frames_are_the_autoencoders(release, vae):
     expected = to_uint8(vae.decode(latents / 0.18215).sample.transpose(0, 1))
     assert frames.shape == (5, 32, 48, 3) and seen == [1] * 5
     assert np.abs(frames.astype(int) - expected).max() <= 1  # rounding at a uint8 border
+
+
+def test_predict_x0_is_the_official_networks(release):
+    x, t, context, eps = (GOLDEN[f"b.{name}"] for name in ("x", "t", "context", "fps28.output"))  # B C T H W
+    backbone = VideoCrafter2(str(release), guidance_scale=1.0)
+    backbone.load()
+    backbone.texts, backbone.at = {"a fox": (context[0],)}, {t.item(): Level(t.item(), 0.6, 0.7)}
+    x0 = backbone.predict_x0(x.transpose(1, 2), t.item(), ["a fox"])
+    assert maxdiff(x0, ((x - 0.7 * eps) / 0.6).transpose(1, 2)) < 2e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
