@@ -31,7 +31,7 @@ class Memory(TorchDispatchMode):
         self.device, self.sizes, self.live, self.peak = device, {}, 0, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op is torch.ops.aten._local_scalar_dense.default:
+        if op is torch.ops.aten._local_scalar_dense.default and args[0].device.type == self.device:
             return 0  # there is no value to ask for
         result = op(*args, **(kwargs or {}))
         tree_map_only(Tensor, self.count, result)
