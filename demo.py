@@ -8,12 +8,16 @@
 Writes the video and, beside it, a contact sheet (PNG) with each event's prompt above its frames.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"demo.py needs Python 3.11 or newer, this is {sys.version.split()[0]}.")
+
 import argparse
 import atexit
 import json
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace

@@ -9,6 +9,8 @@
 Standard library only, until a model is asked.
 """
 
+from __future__ import annotations  # for Python 3.8 to 3.10
+
 import argparse
 import json
 import os

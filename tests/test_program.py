@@ -1,6 +1,7 @@
 """The program as the world meets it: signals, pipes, full disks, on random weights."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -128,3 +129,9 @@ def test_two_runs_write_one_output(base, tmp_path):
     assert [wait(pid) for pid in [fork(lambda: demo.main(base), file) for file in files]] == [0, 0]
     assert len(list(videos.read_frames(tmp_path / "video.mp4")[0])) == 33
     assert sorted(p.name for p in tmp_path.iterdir() if p not in files) == ["video.mp4", "video.png"]
+
+
+def test_an_old_python_is_one_sentence():
+    code = "import runpy, sys; sys.version_info = (3, 10, 13); runpy.run_path('demo.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"demo.py needs Python 3.11 or newer, this is .*\n", done.stderr)
