@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--list_scenarios", action="store_true", help="print the ready stories and stop")
 
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=["syncos", "gen-l-video", "csd"], default="syncos")
+    group.add_argument("--method", choices=["syncos", "gen-l-video", "fifo", "csd"], default="syncos")
     group.add_argument("--ablate", nargs="+", metavar="PART", default=[],
                        help="take parts of SynCoS away: stage-1, stage-2, stage-2-keep-noise, stage-3, "
                             "grounded-timestep, fixed-noise, t-min, structured-prompt")  # fmt: skip
@@ -119,7 +119,7 @@ LIMITS = {  # of numbers, both ends included; what settings must fulfil besides,
 class Plan:
     recipe: Any  # backbones.Recipe, with the user's choices
     story: P.Story
-    methods: dict[str, Any]  # name -> syncos.Settings
+    methods: dict[str, Any]  # name -> syncos.Settings; "fifo": fifo.FifoSettings
     windows: list[slice]
     events: list[int]  # of each window
     prompts: list[str]  # of each window
@@ -128,10 +128,27 @@ class Plan:
     dtype: Any
     seed: int
 
-    def evaluations(self, levels: list) -> dict[str, int]:
-        from syncos import count_evaluations
+    def frame_events(self) -> list[int]:
+        """The event of each latent frame."""
+        stops = [stop for _, stop in P.event_spans(self.windows, self.events)]
+        return [next(e for e, stop in enumerate(stops) if (k + 0.5) / self.frames < stop) for k in range(self.frames)]
 
-        return {name: count_evaluations(levels, self.windows, s) for name, s in self.methods.items()}
+    def steps(self, name: str) -> int:
+        """Of a method, as its callback counts them."""
+        from fifo import count_turns
+
+        steps = self.recipe.num_inference_steps
+        return count_turns(steps, self.recipe.window, self.frames) if name == "fifo" else steps
+
+    def evaluations(self, name: str, levels: list, steps: int) -> int:
+        """Of a method in its first steps."""
+        import fifo
+        import syncos
+
+        settings, size = self.methods[name], self.recipe.window
+        if name == "fifo":
+            return fifo.count_evaluations(len(levels) - 1, size, steps, settings) if steps else 0
+        return syncos.count_evaluations(levels[: steps + 1], self.windows, settings)
 
     def about(self) -> dict[str, Any]:
         """Everything that shapes the latents, as JSON has it."""
@@ -144,28 +161,34 @@ class Plan:
     def describe(self) -> str:
         from syncos import refine_levels
 
-        r, settings = self.recipe, list(self.methods.values())[-1]
+        r, settings = self.recipe, next((s for name, s in reversed(self.methods.items()) if name != "fifo"), None)
         levels = r.backbone.make_levels(r.scheduler, r.num_inference_steps)
         lines = [
             f"{r.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, guidance {r.guidance_scale:g}, "
             f"seed {self.seed}",
-            f"{(self.frames - 1) * r.frames_per_latent + 1} frames at {r.fps} fps = {self.frames} latent frames: "
-            f"{len(self.windows)} windows of {r.window}, stride {settings.stride}",
+            f"{(self.frames - 1) * r.frames_per_latent + 1} frames at {r.fps} fps = {self.frames} latent frames",
             f"{r.num_inference_steps} steps",
         ]
-        refined = [x for i, x in enumerate(levels[:-1]) if x.alpha > 0 and refine_levels(i, levels, settings)]
+        refined = []
+        if settings:
+            lines[1] += f": {len(self.windows)} windows of {r.window}, stride {settings.stride}"
+            refined = [x for i, x in enumerate(levels[:-1]) if x.alpha > 0 and refine_levels(i, levels, settings)]
         if refined:
             lines[-1] += f"; stage 2 above t = {settings.t_min:g}, in {len(refined)} of them, down to alpha/sigma = "
             lines[-1] += f"{refined[-1].alpha / refined[-1].sigma:.2g}: {settings.csd_iters} iterations of "
             lines[-1] += f"{min(settings.csd_batch, len(self.windows))} windows, learning rate {settings.csd_lr:g}"
-        elif settings.refine:
+        elif settings and settings.refine:
             lines[-1] += f"; stage 2 never runs, for no t of the walk is above t_min = {settings.t_min:g}"
-        lines += [f"{name}: {n} model evaluations (windows)" for name, n in self.evaluations(levels).items()]
+        for name in self.methods:
+            turns = f", in {self.steps(name)} turns of its queue" * (name == "fifo")
+            evaluations = self.evaluations(name, levels, self.steps(name))
+            lines.append(f"{name}: {evaluations} model evaluations (windows){turns}")
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
         for i, text in enumerate(self.story.local_prompts):
-            mine = [n + 1 for n, event in enumerate(self.events) if event == i]
-            which = f"windows {mine[0]} to {mine[-1]}" if len(mine) > 1 else f"window {mine[0]}"
+            of, events = ("window", self.events) if settings else ("latent frame", self.frame_events())
+            mine = [n + 1 for n, event in enumerate(events) if event == i]
+            which = f"{of}s {mine[0]} to {mine[-1]}" if len(mine) > 1 else f"{of} {mine[0]}"
             lines.append(f"event {i + 1}, {which}: {text}")
         return "\n".join(lines)
 
@@ -200,6 +223,7 @@ def choose_device(args: argparse.Namespace, recipe: Any) -> tuple[str, Any]:
 
 def choose_methods(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     """The settings of each method that is asked for. Raises ValueError."""
+    from fifo import FifoSettings
     from syncos import ABLATIONS, METHODS
 
     known = [*ABLATIONS, "structured-prompt"]
@@ -208,9 +232,9 @@ def choose_methods(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     if args.ablate and (args.method != "syncos" or args.compare is not None):
         raise ValueError("--ablate takes parts of SynCoS away; it goes with neither another --method nor --compare.")
     names = [args.method] if args.compare is None else args.compare or ["gen-l-video", "syncos"]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"--compare {unknown[0]} is not known; choose from {', '.join(METHODS)}.")
-    methods = {name: replace(settings, **METHODS[name]) for name in names}
+    if unknown := [name for name in names if name not in [*METHODS, "fifo"]]:
+        raise ValueError(f"--compare {unknown[0]} is not known; choose from {', '.join([*METHODS, 'fifo'])}.")
+    methods = {name: FifoSettings() if name == "fifo" else replace(settings, **METHODS[name]) for name in names}
     for part in args.ablate:
         [(name, settings)] = methods.items()
         methods = {f"{name} w/o {part}": replace(settings, **ABLATIONS.get(part, {}))}
@@ -262,6 +286,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
 
     from backbones import get_recipe
+    from fifo import queue_windows
     from syncos import make_windows
 
     recipe = get_recipe(args.backbone, args.model)
@@ -280,6 +305,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
     methods = choose_methods(args, settings)
+    if "fifo" in methods:
+        if not recipe.backbone.frame_timesteps:
+            raise ValueError(f"fifo needs a model that takes a timestep for every frame; {args.backbone} does not.")
+        queue_windows(recipe.num_inference_steps, recipe.window, methods["fifo"])
     story = choose_story(args, recipe.scenario)
     frames = latent_frames(recipe.num_frames, recipe)
     windows = make_windows(frames, recipe.window, settings.stride)
@@ -341,11 +370,10 @@ def sample(
     from tqdm import tqdm
 
     from backbones import in_batches
-    from syncos import count_evaluations, syncos
+    from fifo import fifo
+    from syncos import syncos
 
     levels = backbone.levels(plan.recipe.num_inference_steps)
-    counts = plan.evaluations(levels)
-
     for name, settings in plan.methods.items():
         if name in state.done:
             continue
@@ -365,12 +393,16 @@ def sample(
             if look:
                 look(name, step, x0)
 
-        behind = count_evaluations(levels[: state.step + 1], plan.windows, settings)
+        method, parts = syncos, (plan.windows, plan.prompts)
+        if name == "fifo":
+            texts = dict(zip(plan.events, plan.prompts))
+            method, parts = fifo, (plan.recipe.window, [texts[event] for event in plan.frame_events()])
+        total, behind = (plan.evaluations(name, levels, n) for n in (plan.steps(name), state.step))
         quiet = not main_process()
-        with tqdm(total=counts[name], initial=behind, desc=name, unit="window", smoothing=0.05, disable=quiet) as bar:
+        with tqdm(total=total, initial=behind, desc=name, unit="window", smoothing=0.05, disable=quiet) as bar:
             predict_x0 = in_batches(backbone.predict_x0, plan.recipe.window_batch, bar.update)
-            args = (levels, plan.windows, plan.prompts, settings, generator, keep, state.step, x0)
-            state.done[name] = syncos(predict_x0, latents.to(plan.device), *args).cpu()
+            args = (levels, *parts, settings, generator, keep, state.step, x0)
+            state.done[name] = method(predict_x0, latents.to(plan.device), *args).cpu()
         state.step, state.now = 0, {}
     return state.done
 
@@ -407,7 +439,7 @@ def run(args: argparse.Namespace, plan: Plan, backbone: Any, state: State) -> No
 
     def look(method: str, step: int, x0: Any) -> None:
         if main_process() and (step + 1) % args.preview == 0:
-            title = f"{method}, estimate after step {step + 1} of {plan.recipe.num_inference_steps}"
+            title = f"{method}, estimate after step {step + 1} of {plan.steps(method)}"
             preview(args.output_path.with_suffix(".preview.png"), plan, backbone, x0, title)
 
     def keep_state() -> str:

@@ -41,15 +41,20 @@ def queue_windows(steps: int, size: int, settings: FifoSettings) -> tuple[int, l
     Raises ValueError if the queue is shorter than a window.
     """
     if steps < size:
-        raise ValueError(f"FIFO-Diffusion's queue, a frame a step, must hold a window: at least {size} steps.")
+        raise ValueError(f"FIFO-Diffusion's queue, a frame a step, must hold a window; take at least {size} steps.")
     context = size // 2 if settings.lookahead else 0
     return context, S.make_windows(context + steps, size, size - context)
 
 
-def count_evaluations(steps: int, size: int, frames: int, settings: FifoSettings) -> int:
-    """How many windows a run of `fifo` sends through the model: a base clip, and those of every turn."""
+def count_turns(steps: int, size: int, frames: int) -> int:
+    """Of the whole run; in the first, steps - size, copies of the base clip's first frame leave."""
+    return steps - size + frames
+
+
+def count_evaluations(steps: int, size: int, turns: int, settings: FifoSettings) -> int:
+    """How many windows the base clip and so many turns send through the model."""
     _, windows = queue_windows(steps, size, settings)
-    return steps + (steps - size + frames) * len(windows)
+    return steps + turns * len(windows)
 
 
 def renew(noise: Tensor, fresh: Tensor, now: Level, after: Level, eta: float) -> Tensor:
@@ -85,7 +90,8 @@ def fifo(
         raise ValueError(f"There are {len(latents)} latent frames but {len(prompts)} prompts; give one for each frame.")
     steps, F = len(levels) - 1, len(prompts)
     context, windows = queue_windows(steps, size, settings)
-    early = steps - size  # turns before the first frame of the video leaves; what leaves in them is thrown away
+    turns = count_turns(steps, size, F)
+    early = turns - F  # before the first frame of the video leaves; what leaves then is thrown away
     draw = lambda n: torch.randn(n, *latents.shape[1:], generator=generator).to(latents.device)  # noqa: E731
     at = [steps - 1] * context + [*reversed(range(steps))]  # the step of each place
     now, after = (S.stack_levels([levels[step + k] for step in at], latents.device) for k in (0, 1))
@@ -97,7 +103,7 @@ def fifo(
         source = [max(0, place - context - early) for place in range(len(at))]
         x0, latents = torch.zeros_like(latents), S.revert(clip[source], draw(len(at)), now)
 
-    for turn in range(start, early + F):
+    for turn in range(start, turns):
         head = turn - early  # the frame of the video that leaves
         places = [context if settings.one_prompt else w.start + size // 2 for w in windows]
         texts = [prompts[min(max(head + place - context, 0), F - 1)] for place in places]

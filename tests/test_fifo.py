@@ -8,13 +8,17 @@ import torch
 from diffusers import CogVideoXTransformer3DModel, DDIMScheduler, WanTransformer3DModel
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from test_backbones import PROMPT, offload  # noqa: F401
+from test_demo import call
 from test_syncos import ABAR, Gaussian, flow_walk, maxdiff, randn, rng
 
+import demo
 import syncos as S
 from backbones import CogVideoX, OpenSoraPlan, VideoCrafter2, Wan, in_batches
-from fifo import FifoSettings, count_evaluations, fifo, queue_windows
+from fifo import FifoSettings, count_evaluations, count_turns, fifo, queue_windows
+from memory import meta_as_gpu
 from models.cogvideox import FrameLayerNormZero, take_frame_timesteps
 from models.opensora_plan import OpenSoraT2V_v1_3
+from videos import read_tensors
 
 LEVELS = S.diffusion_levels(ABAR, list(range(999, 0, -83)))  # 13 steps
 WALKS = {"v": LEVELS, "eps": LEVELS[1:], "flow": flow_walk(12)}
@@ -115,7 +119,8 @@ def test_the_queue_is_the_naive_one(lookahead, walk, size, eta, one_prompt):
     got, expected = run(ours, levels, **args), naive(theirs, levels, **args)
     assert maxdiff(got, expected) < 2e-5 and expected.std() > 0.1
     steps = len(levels) - 1
-    assert ours.calls == theirs.calls == count_evaluations(steps, size, len(prompts), FifoSettings(lookahead))
+    turns = count_turns(steps, size, len(prompts))
+    assert ours.calls == theirs.calls == count_evaluations(steps, size, turns, FifoSettings(lookahead))
     told = lambda model: sorted(p for _, _, prompts in model.seen for p in prompts)  # noqa: E731
     assert told(ours) == told(theirs)
 
@@ -137,7 +142,7 @@ def test_a_frame_by_itself_is_ddim(lookahead):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("walk", WALKS)
 def test_a_gaussian_prior_is_sampled(lookahead, eta, walk):
-    x = fifo(Frames(WALKS[walk]), randn(60, 4, 6, 6), WALKS[walk], 4, ["0.7"] * 60, FifoSettings(lookahead, eta), rng())
+    x = fifo(Frames(WALKS[walk]), randn(30, 4, 6, 6), WALKS[walk], 4, ["0.7"] * 30, FifoSettings(lookahead, eta), rng())
     assert abs(x.mean().item() - 0.7) < 0.03 and 0.3 < x.std().item() < 0.6
 
 
@@ -175,8 +180,9 @@ def test_costs():
     """Of CogVideoX's 49 latent frames, by hand: (steps - 13 + 49) turns of 4 (or 3, 5; lookahead: twice) windows, and
     the base clip. Gen-L-Video's are 500."""
     for steps, with_, without in [(50, 738, 394), (52, 756, 404), (39, 489, 264), (65, 1075, 570)]:
-        assert count_evaluations(steps, 13, 49, FifoSettings()) == with_
-        assert count_evaluations(steps, 13, 49, FifoSettings(lookahead=False)) == without
+        turns = count_turns(steps, 13, 49)
+        assert count_evaluations(steps, 13, turns, FifoSettings()) == with_
+        assert count_evaluations(steps, 13, turns, FifoSettings(lookahead=False)) == without
 
 
 def test_what_windows_are_told():
@@ -356,6 +362,7 @@ def test_a_cogvideox_norm_by_hand():
         assert got.shape == wanted.shape and maxdiff(got, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("pipeline_folder", ["rotary"], indirect=True)
 def test_predictions_with_guidance_in_batches_and_under_offload(pipeline_folder, offload):  # noqa: F811
     backbone = CogVideoX(pipeline_folder, offload=offload)
     backbone.encode([PROMPT, "it runs"])
@@ -372,3 +379,64 @@ def test_predictions_with_guidance_in_batches_and_under_offload(pipeline_folder,
     plain.load()
     plain.levels(5)
     assert torch.equal(whole, plain.predict_x0(x, t, prompts))
+
+
+@pytest.mark.parametrize("pipeline_folder", ["rotary"], indirect=True)
+def test_a_run_stays_on_the_device(pipeline_folder):
+    backbone, devices = CogVideoX(pipeline_folder, "meta", torch.float16), set()
+    with meta_as_gpu():
+        backbone.encode([PROMPT])
+        backbone.load()
+        look = lambda turn, t, x0, queue: devices.update((x0.device.type, queue.device.type))  # noqa: E731
+        args = (backbone.levels(6), 5, [PROMPT] * 9, FifoSettings(eta=1.0), rng(), look)
+        x = fifo(in_batches(backbone.predict_x0, 2), torch.zeros(9, 4, 2, 4, device="meta"), *args)
+    assert devices == {"meta"} and x.shape == (9, 4, 2, 4) and x.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize("pipeline_folder", ["sincos"], indirect=True)
+def test_demo_end_to_end(base, tmp_path, capsys):
+    """Beside another method, with previews and a trace; stopped in a turn, it goes on bit for bit."""
+    words = [*base, "--num_inference_steps", 6, "--compare", "fifo", "gen-l-video", "--save_latents"]
+    call(*words, "--trace", tmp_path / "trace.safetensors", "--preview", 7)
+    captured = capsys.readouterr()
+    assert "fifo: 26 model evaluations (windows), in 10 turns of its queue" in captured.out and "26/26" in captured.err
+    whole = read_tensors(tmp_path / "video.safetensors", "latents")[0]
+    traces = read_tensors(tmp_path / "trace.safetensors", "trace")[0]
+    assert traces["fifo"].shape == (10, 9, 64) and traces["gen-l-video"].shape == (6, 9, 64)
+    small = torch.nn.functional.adaptive_avg_pool2d(whole["fifo"], 4).flatten(1)
+    assert maxdiff(traces["fifo"][-1], small) < 1e-6
+
+    def stop(method, step, x0):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    plan = demo.make_plan(demo.make_parser().parse_args([str(word) for word in words]))
+    backbone = demo.load(demo.make_parser().parse_args(base), plan.recipe, plan.device, plan.dtype)
+    backbone.encode(plan.prompts)
+    backbone.load()
+    with pytest.raises(KeyboardInterrupt):
+        demo.sample(plan, backbone, demo.State(plan.about()), tmp_path / "state.safetensors", look=stop)
+    state = demo.State.read(tmp_path / "state.safetensors", plan.about())
+    resumed = demo.sample(plan, backbone, state)
+    assert state.trace["fifo"][6].shape == (9, 64) and all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert "| 20/26" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pipeline_folder", ["sincos"], indirect=True)
+def test_the_plan_knows_what_cannot_be(base, capsys):
+    def refused(*words):
+        with pytest.raises(SystemExit):
+            call(*words, "--plan")
+        return capsys.readouterr().err
+
+    assert "must hold a window; take at least 5 steps" in refused(*base, "--method", "fifo")
+    assert "fifo needs a model that takes" in refused("--backbone", "videocrafter2", "--method", "fifo")
+    assert "neither another --method" in refused("--method", "fifo", "--ablate", "stage-1")
+    call("--method", "fifo", "--num_frames", 193, "--plan")
+    out = capsys.readouterr().out
+    assert "738 model evaluations (windows), in 86 turns" in out and "event 2, latent frames 13 to 24" in out
+    assert "stage 2" not in out and "stride" not in out
