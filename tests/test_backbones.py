@@ -11,9 +11,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-import backbones
 from backbones import RECIPES, Backbone, CogVideoX, get_recipe, in_batches
-from syncos import METHODS, Settings, flow_levels, make_windows, syncos
+from syncos import METHODS, Settings, count_evaluations, flow_levels, make_windows, syncos
 
 PROMPT = "a red fox . it jumps"
 
@@ -234,6 +233,36 @@ def test_cogvideox_1_5_is_refused(pipeline_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_run_of_the_method(name):
+    """Its walk, plan and counts, with a perfect denoiser in the model's place; t_min at the paper's noise levels."""
+    r, calls = RECIPES[name], []
+    s, levels = r.settings, r.backbone.make_levels(r.scheduler, r.num_inference_steps)
+    windows = make_windows((r.num_frames - 1) // r.frames_per_latent + 1, r.window, s.stride)
+    assert (r.num_frames - 1) % r.frames_step == 0 or r.frames_step == 1
+    assert (r.frames_per_latent > 1) == (name != "videocrafter2")
+    assert all(a.t > b.t and a.alpha < b.alpha and a.sigma > b.sigma for a, b in zip(levels, levels[1:]))
+    assert levels[-1].t == -1 and levels[-1].sigma < 0.05 and all(b.alpha > 0 for b in levels[1:])
+    covered = [sum(w.start <= k < w.stop for w in windows) for k in range(windows[-1].stop)]
+    assert min(covered) > 0 and {w.stop - w.start for w in windows} == {r.window}
+
+    above = [level for level in levels[:-1] if level.t > r.paper_t_min]
+    at_paper = min(levels[1:], key=lambda level: abs(level.t - r.paper_t_min))
+    assert 0 < len(above) < len(levels) - 1 and 0.03 < at_paper.alpha / at_paper.sigma < 0.2
+    assert s.t_min == r.paper_t_min or name == "tiny"
+
+    video = randn(windows[-1].stop, *(2, 2, 2))
+
+    def predict_x0(latents, t, prompts):
+        calls.extend(prompts)
+        return torch.stack([video[windows[int(p)]] for p in prompts])
+
+    prompts = [str(i) for i in range(len(windows))]
+    x = syncos(predict_x0, randn(*video.shape, seed=1), levels, windows, prompts, s, torch.Generator())
+    assert len(calls) == count_evaluations(levels, windows, s)
+    assert maxdiff(x, levels[-1].alpha * video) < (1e-5 if levels[-1].sigma == 0 else 5 * levels[-1].sigma)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_the_released_models(name):
     """Window, plan and schedule of the paper's 4x run."""
     recipe = RECIPES[name]
@@ -279,4 +308,4 @@ def test_the_base_class_serves_other_kinds_of_models():
 
 
 def test_registry_needs_no_weights():
-    assert Path(backbones.__file__).parent.joinpath("tiny", "checkpoint").as_posix() == RECIPES["tiny"].model
+    assert Path(__file__).parents[1].joinpath("tiny", "checkpoint").as_posix() == RECIPES["tiny"].model

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 import demo
-from backbones import RECIPES, VideoCrafter2, get_recipe, to_uint8
+from backbones import RECIPES, VideoCrafter2, get_recipe
+from backbones.base import to_uint8
 from models import videocrafter2
 from models.videocrafter2 import load_part, unet_key
 from syncos import METHODS, Level, Settings, syncos, to_x0

@@ -19,7 +19,7 @@ from test_demo import call, frames_of
 from test_long_runs import run_processes
 from transformers import UMT5Config, UMT5EncoderModel
 
-import backbones
+import backbones.wan
 import demo
 import videos
 from backbones import RECIPES, Wan, get_recipe
@@ -219,7 +219,7 @@ def test_streamed_decoding_equals_one_go(folder, pipe, monkeypatch, offload):
     if offload == "model":
         move = vae._hf_hook.pre_forward
         monkeypatch.setattr(vae._hf_hook, "pre_forward", lambda model: moved.append(model) or move(model))
-    monkeypatch.setattr(backbones, "to_uint8", lambda video: video.clamp(-1, 1).permute(1, 2, 3, 0))
+    monkeypatch.setattr(backbones.wan, "to_uint8", lambda video: video.clamp(-1, 1).permute(1, 2, 3, 0))
     config = pipe.vae.config
     mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
     for frames in range(1, 10):

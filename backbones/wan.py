@@ -1,0 +1,127 @@
+"""Wan 2.1."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbones.base import Backbone, Recipe, to_uint8
+from syncos import Level, Settings, flow_levels
+
+
+class Wan(Backbone):
+    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError if the model is none, or is a Wan 2.2.
+
+    A rectified flow. Every window is a clip of its own to the model: positions restart at 0. The VAE runs in float32.
+    """
+
+    prediction = "flow"
+    frame_timesteps = True
+    negative_prompt = (  # ours, in English; the authors' own, in Chinese, is longer
+        "gaudy colours, overexposed, blurred details, subtitles, drawing, grey all over, worst quality, low quality, "
+        "jpeg artifacts, ugly, disfigured, deformed limbs, extra fingers, bad hands, bad faces, cluttered background, "
+        "crowd, still picture, nothing moves, walking backwards"
+    )
+    text_length = 512
+
+    def __init__(self, model: str, *args, **options):
+        super().__init__(model, *args, **options)
+        self.scheduler = self.measure(model)["scheduler"]
+        if self.tiling:
+            raise ValueError("--vae_tiling is not there for Wan, whose decoder streams; leave it out.")
+
+    @staticmethod
+    def measure(model: str) -> dict[str, Any]:
+        """Latent shape (C, H, W), of 480 x 832 pixels, and scheduler of a model, from three small files."""
+        from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+        try:
+            index = WanPipeline.load_config(model)
+            transformer = WanTransformer3DModel.load_config(model, subfolder="transformer")
+            scheduler = UniPCMultistepScheduler.load_config(model, subfolder="scheduler")
+        except OSError as error:
+            raise ValueError(
+                f"{model} is no Wan pipeline: neither a folder with one nor a model of the hub within reach."
+            ) from error
+        kinds = {
+            "a Wan 2.2 TI2V (expand_timesteps), with a timestep for every token": index.get("expand_timesteps"),
+            "a Wan 2.2 A14B (transformer_2), with a second model for low noise": any(index.get("transformer_2") or []),
+            f"a {index.get('_class_name')}": index.get("_class_name") != "WanPipeline",
+        }
+        for kind, found in kinds.items():
+            if found:
+                raise ValueError(f"{model} is {kind}; that is not supported, use a text-to-video model of Wan 2.1.")
+        return dict(latent=(transformer["in_channels"], 60, 104), scheduler=scheduler)
+
+    @staticmethod
+    def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
+        if height % 16 or width % 16:
+            raise ValueError(f"--height and --width must be multiples of 16, got {height} and {width}.")
+        if frames % 4 != 1:
+            raise ValueError(f"--window_frames must be 4 n + 1, got {frames}.")
+        return replace(recipe, window=(frames - 1) // 4 + 1, latent=(recipe.latent[0], height // 8, width // 8))
+
+    @staticmethod
+    def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
+        """Euler's walk of the flow, with the release's shift, from pure noise; the release's own, UniPC, is of second
+        order."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        euler = FlowMatchEulerDiscreteScheduler(shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+        euler.set_timesteps(steps)
+        return flow_levels(euler.sigmas.tolist(), euler.timesteps.tolist())
+
+    def load_pipe(self, *parts: str) -> Any:
+        from diffusers import WanPipeline
+
+        absent = {"tokenizer", "text_encoder", "transformer", "vae"} - set(parts)
+        dtypes = {"vae": torch.float32, "default": self.dtype}
+        return WanPipeline.from_pretrained(self.model, dtype=dtypes, **dict.fromkeys(absent))
+
+    def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
+        embedding, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
+        return (embedding[0],)  # L D
+
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        if t.ndim == 2:  # the model knows timesteps of tokens, of patches of 1 x 2 x 2
+            t = t.repeat_interleave(x.shape[3] * x.shape[4] // 4, dim=1)  # B S
+        flow = self.pipe.transformer(x.transpose(1, 2), t, text, return_dict=False)[0]  # B C f H W
+        return flow.transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time.
+
+        One latent frame after another, as the VAE's own `decode` does it, but keeping nothing except the caches of the
+        causal convolutions: memory does not grow with F, and the frames are the same bit for bit.
+        """
+        vae, c = self.pipe.vae, self.pipe.vae.config
+        if hasattr(vae, "_hf_hook"):  # offload: to the device, as `vae.decode` would begin
+            vae._hf_hook.pre_forward(vae)
+        mean, std = (torch.tensor(x, device=self.device).view(-1, 1, 1, 1) for x in (c.latents_mean, c.latents_std))
+        z = vae.post_quant_conv((latents.to(self.device).transpose(0, 1) * std + mean)[None])  # 1 C F H W
+        vae.clear_cache()
+        cache = vae._feat_map  # this video's own; another one's decoding starts with a new one
+        for piece in z.split(1, dim=2):
+            video = vae.decoder(piece, feat_cache=cache, feat_idx=[0])  # 1 3 n H W
+            yield from to_uint8(video[0])
+
+
+WAN = Recipe(
+    backbone=Wan,
+    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    window=21,
+    latent=(16, 60, 104),
+    scheduler=dict(flow_shift=3.0),
+    settings=Settings(stride=6, t_min=930),
+    paper_t_min=930,  # alpha/sigma there is CogVideoX-2B's at 800
+    dtype="bfloat16",
+    scenario="corgi",
+    num_frames=321,  # 81 latent frames, 20 s
+    frames_step=4,
+    guidance_scale=5.0,
+    fps=16,
+)
