@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import syncos as S
-from backbones import RECIPES, Backbone, CogVideoX, Recipe, in_batches
+from backbones import RECIPES, Backbone, CogVideoX, Recipe, Wan, in_batches
 
 T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
@@ -58,9 +58,10 @@ class Memory(TorchDispatchMode):
 def meta_as_gpu() -> Iterator[Memory]:
     """In here, what needs a tensor's values gets zeros, and attention never makes its matrix, as on a GPU."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
-        assert q.device == k.device == v.device and q.dtype == k.dtype == v.dtype
-        return q.new_empty(*q.shape[:-1], v.shape[-1])
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
+        if not (query.device == key.device == value.device and query.dtype == key.dtype == value.dtype):
+            raise RuntimeError("Attention wants its three tensors on one device and in one precision.")
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     with (
         patch.object(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype)),
@@ -129,12 +130,47 @@ def make_opensora_plan(recipe: Recipe, parts: Sequence[str]) -> object:
         return O.Parts.make(lambda name: make[name](), parts)
 
 
+def make_wan(recipe: Recipe, parts: Sequence[str]) -> object:
+    import diffusers as D
+
+    dtype = getattr(torch, recipe.dtype)
+    make = dict(
+        tokenizer=(dtype, make_tokenizer),
+        text_encoder=(dtype, lambda: make_encoder("UMT5", 256384, dtype)),
+        transformer=(dtype, lambda: D.WanTransformer3DModel(num_attention_heads=12, num_layers=30, ffn_dim=8960)),
+        vae=(torch.float32, D.AutoencoderKLWan),
+    )
+    made = dict.fromkeys(make)
+    for name in parts:
+        with made_of(make[name][0]):
+            made[name] = make[name][1]().eval() if name != "tokenizer" else make_tokenizer()
+    return D.WanPipeline(**made, scheduler=D.FlowMatchEulerDiscreteScheduler())
+
+
+def make_videocrafter2(recipe: Recipe, parts: Sequence[str]) -> object:
+    import diffusers as D
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from models import videocrafter2 as V
+
+    make = dict(
+        tokenizer=make_tokenizer,
+        text_encoder=lambda: CLIPTextModel(CLIPTextConfig(**V.RELEASE["text_encoder"])),
+        transformer=lambda: D.UNet3DConditionModel(**V.RELEASE["unet"]),
+        vae=lambda: D.AutoencoderKL(**V.RELEASE["vae"]),
+    )
+    with made_of(getattr(torch, recipe.dtype)):
+        return V.Parts.make(lambda name: make[name](), parts)
+
+
 MAKE = {
     "cogvideox": make_cogvideox,
     "cogvideox-5b": partial(
         make_cogvideox, num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True
     ),
     "opensora-plan": make_opensora_plan,
+    "wan": make_wan,
+    "videocrafter2": make_videocrafter2,
 }
 
 
@@ -142,7 +178,10 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
     """A backbone whose parts are made on meta instead of loaded."""
     recipe = RECIPES[name]
     configs = dict(max_text_seq_length=226), recipe.scheduler
-    with patch.object(CogVideoX, "read_configs", return_value=configs):
+    with (
+        patch.object(CogVideoX, "read_configs", return_value=configs),
+        patch.object(Wan, "measure", return_value=dict(scheduler=recipe.scheduler)),
+    ):
         backbone = recipe.backbone(
             recipe.model, "meta", getattr(torch, recipe.dtype), recipe.guidance_scale, tiling=tiling
         )
@@ -155,8 +194,15 @@ def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Itera
     size, stride = recipe.window, recipe.settings.stride
     windows = S.make_windows(size + 3 * stride, size, stride)
     settings = replace(recipe.settings, csd_iters=1)
-    prompts = ["a story"] * len(windows)
+    prompts, load_pipe = ["a story"] * len(windows), backbone.load_pipe
     with meta_as_gpu() as memory:
+
+        def loaded(*parts: str) -> object:  # on the CPU, in truth: what its making takes does not count
+            pipe = load_pipe(*parts)
+            memory.take()
+            return pipe
+
+        backbone.load_pipe = loaded
         backbone.encode(prompts)
         yield "encode", memory.take()
         backbone.load()

@@ -6,16 +6,25 @@ import pytest
 import torch
 from conftest import make_pipeline
 from test_opensora_plan import decoder, release, transformer  # noqa: F401
+from test_videocrafter2 import clip, state, tiny_networks, vae  # noqa: F401
+from test_videocrafter2 import release as videocrafter2  # noqa: F401
+from test_wan import folder as wan  # noqa: F401
 
-from backbones import RECIPES, CogVideoX, OpenSoraPlan, get_recipe
-from memory import Memory, dry_run, meta_as_gpu
+from backbones import RECIPES, CogVideoX, OpenSoraPlan, VideoCrafter2, Wan, get_recipe
+from memory import Memory, dry_run, full_size, meta_as_gpu
 
 
-@pytest.fixture(params=["sincos", "rotary", "tiled", "opensora-plan"])
-def backbone_and_recipe(request, tmp_path, release):  # noqa: F811
-    if request.param == "opensora-plan":
-        recipe = replace(RECIPES["opensora-plan"], window=8, latent=(8, 4, 4))
-        return OpenSoraPlan(str(release), "meta", torch.float16), recipe
+@pytest.fixture(params=["sincos", "rotary", "tiled", "opensora-plan", "wan", "videocrafter2"])
+def backbone_and_recipe(request, tmp_path):
+    others = {  # fixture, adapter, precision, window, latent
+        "opensora-plan": ("release", OpenSoraPlan, torch.float16, 8, (8, 4, 4)),
+        "wan": ("wan", Wan, torch.bfloat16, 7, (4, 4, 6)),
+        "videocrafter2": ("videocrafter2", VideoCrafter2, torch.float16, 5, (4, 8, 8)),
+    }
+    if request.param in others:
+        fixture, adapter, dtype, window, latent = others[request.param]
+        recipe = replace(RECIPES[request.param], window=window, latent=latent)
+        return adapter(str(request.getfixturevalue(fixture)), "meta", dtype), recipe
     folder = str(tmp_path / "cogvideox")
     make_pipeline(request.param == "rotary").save_pretrained(folder)
     tiling = request.param == "tiled"
@@ -52,7 +61,7 @@ def test_a_tensor_left_on_the_cpu_shows(backbone_and_recipe):
         for text, tensors in backbone.texts.items():
             backbone.texts[text] = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in tensors)
         x, t = torch.zeros(1, recipe.window, *recipe.latent, device="meta"), backbone.levels(4)[1].t
-        with pytest.raises(RuntimeError, match="device"):
+        with pytest.raises(RuntimeError, match="device|meta"):
             backbone.predict_x0(x, t, ["it runs"])
 
 
@@ -65,3 +74,9 @@ def test_storages_count_once_and_while_they_live():
         assert memory.live == 4000  # y holds it
         del y
         assert memory.live == 0 and memory.take() == 4000 / 2**30 and memory.take() == 0
+
+
+def test_the_full_size_wan_is_the_released_one():
+    """1.3B: 1419 million parameters."""
+    pipe = full_size("wan").load_pipe("transformer")
+    assert round(sum(p.numel() for p in pipe.transformer.parameters()) / 1e6) == 1419
