@@ -128,11 +128,6 @@ class Plan:
     dtype: Any
     seed: int
 
-    def frame_events(self) -> list[int]:
-        """The event of each latent frame."""
-        stops = [stop for _, stop in P.event_spans(self.windows, self.events)]
-        return [next(e for e, stop in enumerate(stops) if (k + 0.5) / self.frames < stop) for k in range(self.frames)]
-
     def steps(self, name: str) -> int:
         """Of a method, as its callback counts them."""
         from fifo import count_turns
@@ -186,7 +181,9 @@ class Plan:
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
         for i, text in enumerate(self.story.local_prompts):
-            of, events = ("window", self.events) if settings else ("latent frame", self.frame_events())
+            of, events = (
+                ("window", self.events) if settings else ("latent frame", P.frame_events(self.windows, self.events))
+            )
             mine = [n + 1 for n, event in enumerate(events) if event == i]
             which = f"{of}s {mine[0]} to {mine[-1]}" if len(mine) > 1 else f"{of} {mine[0]}"
             lines.append(f"event {i + 1}, {which}: {text}")
@@ -396,7 +393,10 @@ def sample(
         method, parts = syncos, (plan.windows, plan.prompts)
         if name == "fifo":
             texts = dict(zip(plan.events, plan.prompts))
-            method, parts = fifo, (plan.recipe.window, [texts[event] for event in plan.frame_events()])
+            method, parts = (
+                fifo,
+                (plan.recipe.window, [texts[event] for event in P.frame_events(plan.windows, plan.events)]),
+            )
         total, behind = (plan.evaluations(name, levels, n) for n in (plan.steps(name), state.step))
         quiet = not main_process()
         with tqdm(total=total, initial=behind, desc=name, unit="window", smoothing=0.05, disable=quiet) as bar:

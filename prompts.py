@@ -115,6 +115,12 @@ def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple
     return list(zip(edges, edges[1:]))
 
 
+def frame_events(windows: Sequence[slice], assigned: Sequence[int]) -> list[int]:
+    """The event of each latent frame: that in whose span its middle lies."""
+    stops, frames = [stop for _, stop in event_spans(windows, assigned)], windows[-1].stop
+    return [next(e for e, stop in enumerate(stops) if (k + 0.5) / frames < stop) for k in range(frames)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ready stories: one of each kind that the paper shows, and some for the tiny world
 

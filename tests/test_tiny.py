@@ -153,10 +153,38 @@ def test_consistency_of_what_windows_show():
     assert consistency_of([(3, 1), (3, 1), (3, 2), (3, 2), (3, 1)]) == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
 
 
-@pytest.mark.parametrize("text", ["gen_l_video", '{"t_min": 300', '{"t_mim": 300}', '{"csd_iters": 0}', "[1]"])
+def test_fifo_is_measured_beside_the_others(monkeypatch):
+    """Its evaluations; the exact denoiser with every frame at its own level, against naive loops."""
+    model, prompts = Exact(), ["A star. It jumps."]
+    model.encode(prompts)
+    levels = model.levels(50)
+    at = [levels[k] for k in range(10, 49, 3)]
+    x, clips = torch.randn(1, 13, 3, 8, 8, generator=rng()), model.clips[prompts[0]].double().view(-1, 13, 3, 8, 8)
+    logits = torch.stack(
+        [
+            sum(-((x[0, k].double() - a * clip[k]) ** 2).sum() / (2 * s**2) for k, (_, a, s) in enumerate(at))
+            for clip in clips
+        ]
+    )
+    expected = (logits.softmax(0).view(-1, 1, 1, 1, 1) * clips).sum(0)
+    got = model.predict_x0(x, torch.tensor([[level.t for level in at]]), prompts)[0]
+    assert (got - expected).abs().max() < 1e-3
+
+    kept = {}
+    values = long_video(Exact(), 0, read_change("fifo") | dict(steps=13), kept, kept.__setitem__)
+    assert values["evaluations"] == 13 + 49 * 2  # two windows of 13 over 6 frames of context and 13 of queue
+    assert 0 <= values["structure flicker"] <= 9 and 0 <= values["at joins"] <= 1
+    monkeypatch.setattr("reproduce.fifo", None)
+    assert long_video(Exact(), 0, dict(fifo={}, steps=13), kept, None) == values
+
+
+BAD_SETTINGS = ["gen_l_video", '{"t_min": 300', '{"t_mim": 300}', '{"csd_iters": 0}', '{"fifo": {"eta": 2}}', "[1]"]
+
+
+@pytest.mark.parametrize("text", BAD_SETTINGS)
 def test_settings_to_measure_are_checked_first(text):
     assert read_change("gen-l-video")["refine"] is False and read_change('{"steps": 9}') == dict(steps=9)
-    with pytest.raises(ValueError, match="neither one of syncos, gen-l-video, csd nor settings as JSON: "):
+    with pytest.raises(ValueError, match="neither one of syncos, gen-l-video, csd, fifo nor settings as JSON: "):
         read_change(text)
 
 
