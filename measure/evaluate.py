@@ -16,6 +16,14 @@ The first prints the measures and writes them, with the curve of drift, to VIDEO
                              [ours]
     motion                   mean absolute frame difference, pixels in [0, 1]; always beside the rest, for a still image
                              is perfectly consistent
+    linear smoothness        VBench's formula of motion smoothness with a line between a frame's neighbours; VBench
+                             takes a network, AMT, which no package has, so its numbers are others [ours]
+
+and, after `pip install pyiqa torchvision`, if their weights can be had:
+
+    dynamic degree           VBench's formula, with torchvision's RAFT: 1 if a quarter of the video moves much, else 0
+    aesthetic quality        VBench's formula and weights: LAION's linear head on CLIP ViT-L/14, by a tenth
+    imaging quality          VBench's formula and weights: MUSIQ of SPAQ, pyiqa's, by a hundredth
 
 Numbers compare with VBench's tables only if models, lengths and prompts are theirs; captions would count, so leave
 them out. Frames stream through: memory grows by their features only.
@@ -26,7 +34,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -42,7 +50,8 @@ import prompts as P  # noqa: E402
 from syncos import make_windows  # noqa: E402
 from videos import check_device, check_output, read_frames, read_tensors  # noqa: E402
 
-DINO, CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32"
+DINO, CLIP, LARGE_CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
+LAION = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean and deviation of the training images
 OPENAI = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
 
@@ -93,8 +102,9 @@ class Watch:
     def __init__(self, fps: float = 8):
         from scenedetect import ContentDetector
 
-        self.detector, self.fps, self.frames, self.last = ContentDetector(), float(fps), 0, None
+        self.detector, self.fps, self.frames, self.last, self.even = ContentDetector(), float(fps), 0, None, None
         self.differences: list[float] = []
+        self.lost: list[float] = []  # of every second frame, by taking it for the mean of its neighbours
         self.scenes = 1
 
     def __call__(self, frame: np.ndarray) -> None:
@@ -105,11 +115,20 @@ class Watch:
         self.frames += 1
         if self.last is not None:
             self.differences.append(np.abs(frame.astype(np.float32) - self.last).mean().item() / 255)
+        if self.frames % 2:
+            if self.even is not None:
+                between = (self.even + frame) / 2
+                self.lost.append(np.abs(self.last - between).mean().item() / 255)
+            self.even = frame.astype(np.float32)
         self.last = frame.astype(np.float32)
 
     @property
     def motion(self) -> float:
         return statistics.mean(self.differences)
+
+    @property
+    def smoothness(self) -> float:
+        return 1 - statistics.mean(self.lost) if self.lost else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,17 +159,22 @@ class Networks:
     @torch.no_grad()
     def background(self, frames: Tensor) -> Tensor:
         """Frames n x 3 x H x W in [0, 1] -> n x D: the square in the middle."""
-        size = self.clip.config.vision_config.image_size
-        x = shorter_side(frames.to(self.device), size, "bicubic").clamp(0, 1)
-        top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
-        x = normalize(x[..., top : top + size, left : left + size], OPENAI)
-        return self.clip.get_image_features(pixel_values=x).pooler_output.float().cpu()
+        return clip_features(self.clip, frames.to(self.device)).cpu()
 
     @torch.no_grad()
     def text(self, texts: list[str]) -> Tensor:
         length = self.clip.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         return self.clip.get_text_features(**tokens.to(self.device)).pooler_output.float().cpu()
+
+
+def clip_features(clip: torch.nn.Module, frames: Tensor) -> Tensor:
+    """Frames n x 3 x H x W in [0, 1] -> n x D, of the square in the middle."""
+    size = clip.config.vision_config.image_size
+    x = shorter_side(frames, size, "bicubic").clamp(0, 1)
+    top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+    x = normalize(x[..., top : top + size, left : left + size], OPENAI)
+    return clip.get_image_features(pixel_values=x).pooler_output.float()
 
 
 def normalize(x: Tensor, moments: Tensor) -> Tensor:
@@ -163,6 +187,118 @@ def shorter_side(x: Tensor, size: int, mode: str) -> Tensor:
     height, width = x.shape[-2:]
     shape = (size, max(size, size * width // height)) if height < width else (max(size, size * height // width), size)
     return F.interpolate(x, shape, mode=mode, antialias=True, align_corners=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures that want another library: objects that are called with frames, n x 3 x H x W in [0, 1], and have a value
+
+
+class DynamicDegree:
+    """VBench's: of 8 frames a second, do neighbours differ by a flow of more than 6 pixels of 256 in a quarter?
+
+    What counts of a flow is the mean length of its 5 % longest vectors. flow: two frames, 1 x 3 x H x W -> 2 x H x W.
+    """
+
+    def __init__(self, flow: Callable[[Tensor, Tensor], Tensor]):
+        self.flow, self.seen, self.last, self.lengths = flow, 0, None, []
+
+    def __call__(self, frames: Tensor, fps: float) -> None:
+        for frame in frames.split(1):
+            if self.seen % max(1, round(fps / 8)) == 0:
+                if self.last is not None:
+                    lengths = self.flow(self.last, frame).norm(dim=0).flatten()
+                    self.lengths.append(lengths.topk(int(0.05 * len(lengths))).values.mean().item())
+                self.last = frame
+            self.seen += 1
+
+    @property
+    def value(self) -> float:
+        moved = sum(length > 6 * min(self.last.shape[-2:]) / 256 for length in self.lengths)
+        return float(moved >= round(4 * (len(self.lengths) + 1) / 16))
+
+
+class MeanScore:
+    """The mean over all frames of score(frames), n numbers, divided by `best`."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor], best: float):
+        self.score, self.best, self.scores = score, best, []
+
+    def __call__(self, frames: Tensor, fps: float) -> None:
+        self.scores += self.score(frames).flatten().tolist()
+
+    @property
+    def value(self) -> float:
+        return statistics.mean(self.scores) / self.best
+
+
+@torch.no_grad()
+def load_flow(weights: str | None, device: str) -> DynamicDegree:
+    """RAFT, trained on FlyingChairs and FlyingThings as VBench's; `weights`: a file, else torchvision's download."""
+    from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
+
+    raft = raft_large(weights=None if weights else Raft_Large_Weights.C_T_V1)
+    if weights:
+        raft.load_state_dict(torch.load(weights, weights_only=True))
+    raft.eval().to(device)
+
+    @torch.no_grad()
+    def flow(a: Tensor, b: Tensor) -> Tensor:
+        height, width = a.shape[-2:]
+        if min(height, width) < 128:
+            raise ValueError(f"RAFT needs frames of at least 128 x 128 pixels, got {height} x {width}.")
+        both = F.pad(torch.cat([a, b]).to(device) * 2 - 1, (0, -width % 8, 0, -height % 8), mode="replicate")
+        return raft(both[:1], both[1:], num_flow_updates=20)[-1][0, :, :height, :width].cpu()
+
+    return DynamicDegree(flow)
+
+
+def load_aesthetic(weights: str | None, device: str, clip: str = LARGE_CLIP) -> MeanScore:
+    """`weights`: a file with the linear head, else LAION's."""
+    from transformers import CLIPModel
+
+    load = torch.load if weights else torch.hub.load_state_dict_from_url
+    head = load(weights or LAION, map_location="cpu", weights_only=True)
+    network = CLIPModel.from_pretrained(clip).eval().to(device)
+
+    @torch.no_grad()
+    def score(frames: Tensor) -> Tensor:
+        features = F.normalize(clip_features(network, frames.to(device)).cpu(), dim=-1)
+        return F.linear(features, head["weight"].float(), head["bias"].float())
+
+    return MeanScore(score, 10)
+
+
+def load_imaging(weights: str | None, device: str) -> MeanScore:
+    """`weights`: pyiqa's file of MUSIQ's on SPAQ, else its download. The longer side is at most 512 pixels."""
+    import pyiqa
+
+    options = dict(pretrained_model_path=weights) if weights else {}
+    musiq = pyiqa.create_metric("musiq-spaq", device=torch.device(device), **options)
+
+    @torch.no_grad()
+    def score(frames: Tensor) -> Tensor:
+        scale = min(1.0, 512 / max(frames.shape[-2:]))
+        shape = [round(side * scale) for side in frames.shape[-2:]]
+        small = F.interpolate(frames, shape, mode="bilinear", antialias=False) if scale < 1 else frames
+        return musiq(small.clamp(0, 1).to(device)).cpu()
+
+    return MeanScore(score, 100)
+
+
+EXTRAS = {"dynamic degree": load_flow, "aesthetic quality": load_aesthetic, "imaging quality": load_imaging}
+
+
+def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, DynamicDegree | MeanScore]:
+    """Those of EXTRAS whose library and weights are there; a line for each of the others."""
+    found = {}
+    for name, load in EXTRAS.items():
+        try:
+            found[name] = load(weights.get(name), device)
+        except ImportError as error:
+            print(f"{name}: left out, for there is no {error.name}: pip install pyiqa torchvision")
+        except (OSError, RuntimeError, ValueError) as error:
+            print(f"{name}: left out, for its weights cannot be loaded: {str(error).splitlines()[0]}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,10 +329,12 @@ def evaluate(
     networks: Networks,
     batch: int = 16,
     frames_per_latent: int = 4,
+    extras: Mapping[str, DynamicDegree | MeanScore] | None = None,
 ) -> dict:
-    """All measures of a video; windows and spans are `place_story`'s."""
+    """All measures of a video; windows and spans are `place_story`'s, extras `load_extras`'s. An extra that cannot be
+    measured is left out, with a line."""
     frames, fps = read_frames(path)
-    watch, subject, background = Watch(fps), [], []
+    watch, subject, background, extras = Watch(fps), [], [], dict(extras or {})
     frames = iter(tqdm(frames, desc="frames", unit="frame", total=spans[-1][1]))
     while group := list(islice(frames, batch)):
         for frame in group:
@@ -204,6 +342,12 @@ def evaluate(
         pictures = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).float() / 255
         subject.append(networks.subject(pictures))
         background.append(networks.background(pictures))
+        for name, measure in list(extras.items()):
+            try:
+                measure(pictures, fps)
+            except ValueError as error:
+                print(f"{name}: left out: {error}")
+                del extras[name]
     subject, background = torch.cat(subject), torch.cat(background)
     whole, *texts = networks.text([story.global_prompt, *story.local_prompts])
     events = [fidelity(background[a:b], text) for (a, b), text in zip(spans, texts)]
@@ -216,6 +360,8 @@ def evaluate(
         "scenes": watch.scenes,
         "seam ratio": seam_ratio(watch.differences, window_joins(windows, frames_per_latent)),
         "motion": watch.motion,
+        "linear smoothness": watch.smoothness,
+        **{name: measure.value for name, measure in extras.items()},
         "local fidelity of each event": events,
         "drift": drift(subject),
     }
@@ -285,6 +431,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frames_per_latent", type=int, default=4, help="1 for videocrafter2 (default: 4)")
     parser.add_argument("--dino", default=DINO, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--clip", default=CLIP, help="hub id or folder (default: %(default)s)")
+    parser.add_argument("--raft", metavar="FILE", help="weights for the dynamic degree (default: torchvision's)")
+    parser.add_argument("--laion", metavar="FILE", help="head for the aesthetic quality (default: LAION's)")
+    parser.add_argument("--musiq", metavar="FILE", help="weights for the imaging quality (default: pyiqa's)")
+    parser.add_argument("--no_extras", action="store_true", help="leave these three out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=16, help="frames through a network at once (default: 16)")
     parser.add_argument("--output_path", type=Path, help="(default: VIDEO's name with .scores.json)")
@@ -305,10 +455,15 @@ def main(argv: list[str] | None = None) -> None:
         if min(args.batch, args.window, args.stride, args.frames_per_latent) < 1:
             raise ValueError("--batch, --window, --stride and --frames_per_latent must be at least 1.")
         windows, spans = place_story(args.video, story, args.window, args.stride, args.frames_per_latent)
+        for file in filter(None, (args.raft, args.laion, args.musiq)):
+            if not Path(file).is_file():
+                raise ValueError(f"There is no file {file}.")
         networks = Networks(args.dino, args.clip, args.device)
     except ValueError as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    scores = evaluate(args.video, story, windows, spans, networks, args.batch, args.frames_per_latent)
+    weights = dict(zip(EXTRAS, (args.raft, args.laion, args.musiq)))
+    extras = {} if args.no_extras else load_extras(weights, args.device)
+    scores = evaluate(args.video, story, windows, spans, networks, args.batch, args.frames_per_latent, extras)
     print(describe(scores))
     path.write_text(json.dumps(scores, indent=1) + "\n")
     print(f"Wrote {path}")

@@ -97,7 +97,15 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(videos, networks):
-    options = ["--story", str(videos / "story.json"), "--dino", str(networks / "dino"), "--device", "cpu"]
+    options = [
+        "--story",
+        str(videos / "story.json"),
+        "--dino",
+        str(networks / "dino"),
+        "--device",
+        "cpu",
+        "--no_extras",
+    ]
     for name in ("still", "drift", "cut", "noise"):
         E.main([str(videos / f"{name}.mp4"), *options, "--clip", str(networks / "clip"), "--batch", "7"])
     return {
@@ -137,6 +145,98 @@ def test_measures_do_not_depend_on_the_batch(videos, networks, scores):
     again = E.evaluate(videos / "noise.mp4", story, *E.place_story(videos / "noise.mp4", story, 13, 4), net, batch=64)
     for name in ("subject consistency", "local fidelity", "global fidelity"):
         assert again[name] == pytest.approx(scores["noise"][name], abs=1e-5)
+
+
+def test_smoothness_is_vbenchs_formula_by_a_line(videos, scores):
+    """Written out: every second frame against the mean of its neighbours, in 255ths, from 1 down."""
+    frames = np.stack([frame.astype(float) for frame in E.read_frames(videos / "cut.mp4")[0]])
+    lost = [np.abs(frames[i] - (frames[i - 1] + frames[i + 1]) / 2).mean() for i in range(1, FRAMES - 1, 2)]
+    assert scores["cut"]["linear smoothness"] == pytest.approx((255 - np.mean(lost)) / 255, abs=1e-5)
+    still, drifting, _, noise = (scores[name]["linear smoothness"] for name in scores)
+    assert still > 0.999 and drifting > 0.99 and noise < 0.8
+
+
+def slide(speed, frames=17, side=64):
+    """A picture that moves to the right, `speed` pixels a frame, and a flow that knows it."""
+    video = torch.stack([randn(3, side, side).roll(speed * i, dims=2) for i in range(frames)])
+    return video, lambda a, b: torch.stack([torch.full((side, side), float(speed)), torch.zeros(side, side)])
+
+
+@pytest.mark.parametrize("speed, moves", [(0, 0), (1, 0), (2, 1)])
+def test_dynamic_degree_is_vbenchs_formula(speed, moves):
+    """6 pixels of 256 are 1.5 of 64. At 16 frames a second every second frame counts; batches do not matter."""
+    video, flow = slide(speed)
+    for fps, batch, pairs in ((8, 17, 16), (8, 5, 16), (16, 4, 8)):
+        measure = E.DynamicDegree(flow)
+        for frames in video.split(batch):
+            measure(frames, fps)
+        assert measure.value == moves and len(measure.lengths) == pairs
+
+
+def test_dynamic_degree_wants_a_quarter_of_the_video_and_sees_small_objects():
+    """17 frames: 4 of 16 pairs must move. 5 % of the picture decide."""
+    flows = iter([10.0] * 3 + [0.0] * 13 + [10.0] * 4 + [0.0] * 12)
+
+    def flow(a, b):
+        field = torch.zeros(2, 64, 64)
+        field[0, :4, :52] = next(flows)  # 208 of 4096 pixels; 204 count
+        return field
+
+    for value in (0, 1):
+        measure = E.DynamicDegree(flow)
+        measure(randn(17, 3, 64, 64), 8)
+        assert measure.value == value
+
+
+def test_aesthetic_quality_is_the_heads_line_on_normed_features(networks, tmp_path):
+    head = dict(weight=randn(1, 24), bias=randn(1))
+    torch.save(head, tmp_path / "head.pth")
+    measure, frames = E.load_aesthetic(str(tmp_path / "head.pth"), "cpu", str(networks / "clip")), randn(5, 3, 40, 60)
+    measure(frames[:2], 8), measure(frames[2:], 8)
+    features = E.Networks(str(networks / "dino"), str(networks / "clip")).background(frames)
+    each = [(head["weight"][0] @ f / f.norm() + head["bias"][0]).item() for f in features]
+    assert measure.value == pytest.approx(sum(each) / 5 / 10, abs=1e-5)
+
+
+def test_raft_and_musiq_take_random_weights(tmp_path):
+    """Where the extra libraries are installed."""
+    flow = pytest.importorskip("torchvision.models.optical_flow")
+    torch.save(flow.raft_large(weights=None).state_dict(), tmp_path / "raft.pth")
+    measure = E.load_flow(str(tmp_path / "raft.pth"), "cpu")
+    measure(torch.rand(2, 3, 130, 150, generator=torch.Generator().manual_seed(0)), 8)
+    assert len(measure.lengths) == 1 and measure.lengths[0] > 0
+    with pytest.raises(ValueError, match="at least 128 x 128"):
+        E.load_flow(str(tmp_path / "raft.pth"), "cpu")(torch.rand(2, 3, 64, 64), 8)
+    musiq = pytest.importorskip("pyiqa.archs.musiq_arch").MUSIQ(pretrained=False)
+    torch.save(musiq.state_dict(), tmp_path / "musiq.pth")
+    measure = E.load_imaging(str(tmp_path / "musiq.pth"), "cpu")
+    measure(torch.rand(2, 3, 96, 640), 8)
+    assert len(measure.scores) == 2
+
+
+def test_what_is_not_there_is_left_out_with_a_line(videos, networks, tmp_path, monkeypatch, capsys):
+    """No library, no weights, frames too small: one line each, no measure, the others as ever."""
+
+    def no_library(weights, device):
+        raise ImportError(name="pyiqa")
+
+    def no_weights(weights, device):
+        raise OSError("no route to host")
+
+    def small(a, b):
+        raise ValueError("too small.")
+
+    extras = dict(zip(E.EXTRAS, (lambda *_: E.DynamicDegree(small), no_weights, no_library)))
+    monkeypatch.setattr(E, "EXTRAS", extras)
+    options = ["--story", str(videos / "story.json"), "--dino", str(networks / "dino"), "--device", "cpu"]
+    path = tmp_path / "scores.json"
+    E.main([str(videos / "cut.mp4"), *options, "--clip", str(networks / "clip"), "--output_path", str(path)])
+    out = capsys.readouterr().out.splitlines()
+    assert "aesthetic quality: left out, for its weights cannot be loaded: no route to host" in out
+    assert "imaging quality: left out, for there is no pyiqa: pip install pyiqa torchvision" in out
+    assert "dynamic degree: left out: too small." in out
+    scores = json.loads(path.read_text())
+    assert not set(extras) & set(scores) and scores["motion"] > 0
 
 
 def test_pictures_reach_the_networks_whole_and_upright(networks):
