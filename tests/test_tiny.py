@@ -215,9 +215,24 @@ def test_tables_compare_scenario_by_scenario(capsys):
 
 def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):
     command = [sys.executable, ROOT / "tiny" / "train.py", "--clips", "8", "--work", tmp_path / "work"]
-    command += ["--output", tmp_path / "checkpoint", "--steps", "2", "--vae_steps"]
+    command += ["--output", tmp_path / "checkpoint", "--steps", "2", "--decoder_steps", "0", "--vae_steps"]
     for steps in (1, 2):
         subprocess.run([*command, str(steps)], check=True, capture_output=True)
         assert torch.load(tmp_path / "work" / "vae.pt", weights_only=True)["step"] == steps
     pipe = CogVideoXPipeline.from_pretrained(tmp_path / "checkpoint")
     assert pipe.vae.config.scaling_factor != 1.0 and pipe.transformer.config.sample_frames == 49
+
+
+def test_the_decoder_alone_is_tuned(tmp_path):
+    """On clips of its own and of the world; the encoder stays."""
+    import train
+
+    vae = train.make_vae().eval().requires_grad_(False)
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    generator = rng()
+    stories = W.sample_stories(2, generator)
+    own = torch.randn(2, 13, 8, 8, 8, generator=generator), stories, W.sample_motion(stories, generator)
+    train.tune_decoder(vae, own, 2, tmp_path, "cpu")
+    changed = {k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all(k.startswith("decoder.") for k in changed)
+    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["step"] == 2

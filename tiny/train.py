@@ -1,7 +1,8 @@
-"""Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> checkpoint.
+"""Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> the decoder
+once more, on what the transformer makes -> checkpoint.
 
     python tiny/train.py                # everything; stop it at any time, the same command goes on where it was
-    python tiny/train.py --init tiny/checkpoint --lr 1e-3 --steps 2500 --work tiny/work/more    # the transformer alone
+    python tiny/train.py --init tiny/checkpoint --lr 1e-3 --steps 2500 --work tiny/work/more    # without the VAE
 
 Work in progress is kept in tiny/work/ (not in git); the result, a pipeline in diffusers format, is tiny/checkpoint/.
 """
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from world import FRAMES, SIZE, backgrounds, caption, render, sample_motion, sample_stories, vocabulary
+from world import FRAMES, SIZE, Fitter, backgrounds, caption, render, sample_motion, sample_stories, vocabulary
 
 TOKENS = 16  # text tokens a prompt, the end mark and padding included
 BATCH = 16  # whole clips a step of the transformer
@@ -100,9 +101,14 @@ def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, t
     generator = torch.Generator().manual_seed(seed)
     stories = sample_stories(n, generator)
     start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
-    video = render(stories, sample_motion(stories, generator)[:, start : start + frames])
+    return stories, *draw(stories, sample_motion(stories, generator)[:, start : start + frames])
+
+
+def draw(stories: torch.Tensor, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stories (n, 4) and motion (n, T, 3) as a video (n, 3, T, SIZE, SIZE) in [-1, 1], and where the object is."""
+    video = render(stories, motion)
     mask = (video - backgrounds()[stories[:, 2]][:, None]).abs().amax(2, keepdim=True) > 0.02
-    return stories, video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
+    return video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
 
 
 class Muon(torch.optim.Optimizer):
@@ -188,6 +194,11 @@ def fit(
         m.eval().requires_grad_(False)
 
 
+def weighed(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of |error| + error^2, eleven times as much where the object is."""
+    return ((1 + 10 * mask) * (error.abs() + error**2)).mean()
+
+
 def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) -> None:
     """Single frames first, then clips of 9 and 17 frames (one and two of the VAE's own pieces).
 
@@ -201,10 +212,8 @@ def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) 
         with mixed_precision(device):
             posterior = vae.encode(video).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
-        error = decoded - video
-        weight = 1 + 10 * mask
         kl = posterior.kl().sum() / posterior.mean.numel()
-        return (weight * (error.abs() + error**2)).mean() + 0.04 * min(1, 2 * step / steps) * kl
+        return weighed(decoded - video, mask) + 0.04 * min(1, 2 * step / steps) * kl
 
     fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
 
@@ -258,7 +267,7 @@ def train_transformer(
         done = step / steps
         frames, n = (13, BATCH) if last or done > 0.24 else (3, 3 * BATCH) if done > 0.12 else (1, 8 * BATCH)
         generator = torch.Generator().manual_seed(step)
-        pick = torch.randint(len(latents), (n,), generator=generator)
+        pick = torch.multinomial(1.0 + (stories[:, 3] == 2), n, replacement=True, generator=generator)  # jumps: twice
         kept = torch.rand(n, 4, generator=generator) > torch.tensor([0.3, 0.3, 0.1, 0.1])
         words = [caption(stories[i], c, b, s) if k else "" for i, (c, b, s, k) in zip(pick, kept.tolist())]
         ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
@@ -274,12 +283,61 @@ def train_transformer(
     fit("transformer", [transformer, text_encoder], loss_at, steps, lr, work, ema=0.998)
 
 
+@torch.no_grad()
+def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor, ...]:
+    """About n clips as the transformer makes them: latents (m, 13, 8, 8, 8), and the stories (m, 4) and motions
+    (m, 49, 3) that fit them best. Clips that show another shape, colour or place than told stay out. Kept in a file."""
+    path, fitter = work / "own.pt", Fitter()
+    kept = torch.load(path, weights_only=True) if path.exists() else []  # of each eight, the clips that are right
+    pipe.set_progress_bar_config(disable=True)
+    for seed in tqdm(range(len(kept), n // 8), desc="own clips", initial=len(kept), total=n // 8):
+        generator = torch.Generator().manual_seed(2 * 10**6 + seed)
+        told = sample_stories(8, generator)
+        options = dict(max_sequence_length=TOKENS, guidance_scale=4.0, num_inference_steps=25, generator=generator)
+        made, kept = pipe([caption(story) for story in told], output_type="latent", **options).frames, [*kept, []]
+        for x, asked in zip(made, told):
+            video = pipe.decode_latents(x[None])[0].transpose(0, 1).cpu() / 2 + 0.5  # T 3 H W
+            story, motion = fitter(video)
+            if list(story[:3]) == asked[:3].tolist():
+                kept[-1].append((x.cpu(), asked, fitter.refine(video, story, motion)))
+        torch.save(kept, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+    return tuple(map(torch.stack, zip(*sum(kept, []))))
+
+
+def tune_decoder(
+    vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path, device: str
+) -> None:
+    """The decoder learns what the transformer's latents mean, which are not quite the encoder's: it shall draw the
+    clean picture that fits them best. Every second clip is the world's as before, so it stays the encoder's inverse."""
+    latents, stories, motions = own
+    vae.decoder.requires_grad_(True)
+
+    def loss_at(step):
+        frames = (17, 25)[step % 2]
+        generator = torch.Generator().manual_seed(step)
+        pick = torch.randint(len(latents), (1,), generator=generator)
+        _, video, mask = clips(1, frames, seed=3 * 10**6 + step)
+        pair = (torch.cat(x).to(device) for x in zip((video, mask), draw(stories[pick], motions[pick, :frames])))
+        with torch.no_grad(), mixed_precision(device):
+            world = vae.encode(video.to(device)).latent_dist.sample().float()
+        mine = latents[pick, : (frames - 1) // 4 + 1].to(device).transpose(1, 2) / vae.config.scaling_factor
+        target, mask = pair
+        with mixed_precision(device):
+            decoded = vae.decode(torch.cat([world, mine])).sample.float()
+        return weighed(decoded - target, mask)
+
+    fit("decoder", [vae.decoder], loss_at, steps, 1e-3, work, ema=0.99)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, help="a checkpoint's folder: keep its VAE, go on with its transformer")
     parser.add_argument("--vae_steps", type=int, default=5000)
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=25000, help="of the transformer")
+    parser.add_argument("--own_clips", type=int, default=384, help="that the decoder is tuned on")
+    parser.add_argument("--decoder_steps", type=int, default=400, help="of that tuning; 0: none")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the transformer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=HERE / "work")
@@ -301,8 +359,11 @@ def main() -> None:
     data = encode_clips(vae, args.clips, args.work, args.device)
     models = transformer, text_encoder, tokenizer, scheduler
     train_transformer(*models, data, args.steps, args.lr, bool(args.init), args.work, args.device)
+    pipe = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+    if args.decoder_steps:
+        tune_decoder(vae, own_clips(pipe, args.own_clips, args.work), args.decoder_steps, args.work, args.device)
     vae.half(), transformer.half()  # on disk; diffusers loads them as float32 unless told otherwise
-    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(args.output)
+    pipe.save_pretrained(args.output)
 
 
 if __name__ == "__main__":
