@@ -180,10 +180,10 @@ class Plan:
             lines.append(f"{name}: {evaluations} model evaluations (windows){turns}")
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
+        of, events = "window", self.events
+        if not settings:
+            of, events = "latent frame", P.frame_events(self.windows, self.events)
         for i, text in enumerate(self.story.local_prompts):
-            of, events = (
-                ("window", self.events) if settings else ("latent frame", P.frame_events(self.windows, self.events))
-            )
             mine = [n + 1 for n, event in enumerate(events) if event == i]
             which = f"{of}s {mine[0]} to {mine[-1]}" if len(mine) > 1 else f"{of} {mine[0]}"
             lines.append(f"event {i + 1}, {which}: {text}")
@@ -392,11 +392,8 @@ def sample(
 
         method, parts = syncos, (plan.windows, plan.prompts)
         if name == "fifo":
-            texts = dict(zip(plan.events, plan.prompts))
-            method, parts = (
-                fifo,
-                (plan.recipe.window, [texts[event] for event in P.frame_events(plan.windows, plan.events)]),
-            )
+            texts, events = dict(zip(plan.events, plan.prompts)), P.frame_events(plan.windows, plan.events)
+            method, parts = fifo, (plan.recipe.window, [texts[event] for event in events])
         total, behind = (plan.evaluations(name, levels, n) for n in (plan.steps(name), state.step))
         quiet = not main_process()
         with tqdm(total=total, initial=behind, desc=name, unit="window", smoothing=0.05, disable=quiet) as bar:

@@ -34,6 +34,13 @@ class FifoSettings:
             raise ValueError(f"eta must be between 0 and 1, got {self.eta}.")
 
 
+def stack_levels(levels: Sequence, device: torch.device) -> Level:
+    """A level of each frame as one that broadcasts. levels: F of them, or B lists of f. t: F or B x f, float64, on the
+    CPU; alpha and sigma: with three axes more, for C x H x W, float32."""
+    t, alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(-1)
+    return Level(t, *(x[..., None, None, None].float().to(device) for x in (alpha, sigma)))
+
+
 def queue_windows(steps: int, size: int, settings: FifoSettings) -> tuple[int, list[slice]]:
     """The number of context frames, and the windows over context and queue; without their first `context` frames they
     cover the queue. [ours, for any number of steps and odd sizes; where they still overlap they are averaged]
@@ -94,7 +101,7 @@ def fifo(
     early = turns - F  # before the first frame of the video leaves; what leaves then is thrown away
     draw = lambda n: torch.randn(n, *latents.shape[1:], generator=generator).to(latents.device)  # noqa: E731
     at = [steps - 1] * context + [*reversed(range(steps))]  # the step of each place
-    now, after = (S.stack_levels([levels[step + k] for step in at], latents.device) for k in (0, 1))
+    now, after = (stack_levels([levels[step + k] for step in at], latents.device) for k in (0, 1))
 
     # the base clip, noised, at the noisy end; copies of its first frame before it
     if start == 0:

@@ -40,7 +40,7 @@ PredictX0 = Callable[[Tensor, float | Tensor, list[str]], Tensor]
 
 
 class Level(NamedTuple):
-    """One noise level: x_t = alpha x0 + sigma eps. Or one of each frame, in tensors, by `stack_levels`."""
+    """One noise level: x_t = alpha x0 + sigma eps. Or one of each frame, in tensors (see fifo.py)."""
 
     t: float  # the timestep the model is told; -1 for the final level
     alpha: float  # 0 at zero terminal SNR
@@ -78,13 +78,6 @@ def flow_levels(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Lev
 def _check_descending(timesteps: Sequence[float]) -> None:
     if len(timesteps) == 0 or any(a <= b for a, b in zip(timesteps, timesteps[1:])):
         raise ValueError(f"Timesteps must be a descending list, from noise to clean, got {list(timesteps)[:5]}...")
-
-
-def stack_levels(levels: Sequence, device: torch.device) -> Level:
-    """A level of each frame as one that broadcasts. levels: F of them, or B lists of f. t: F or B x f, float64, on the
-    CPU; alpha and sigma: with three axes more, for C x H x W, float32."""
-    t, alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(-1)
-    return Level(t, *(x[..., None, None, None].float().to(device) for x in (alpha, sigma)))
 
 
 def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Tensor:

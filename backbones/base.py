@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncos import Level, PredictX0, Settings, stack_levels, to_x0
+from fifo import stack_levels
+from syncos import Level, PredictX0, Settings, make_windows, to_x0
 
 
 def in_batches(predict_x0: PredictX0, size: int, done: Callable[[int], Any] = lambda n: None) -> PredictX0:
@@ -179,3 +180,7 @@ class Recipe:
     paper_t_min: float = 800  # the paper's, or for models that are not in it the same noise level
     window_batch: int = 1  # windows through the model at once
     captions: bool = False  # under the video
+
+    def windows(self) -> list[slice]:
+        """Over the latent frames of `num_frames`."""
+        return make_windows((self.num_frames - 1) // self.frames_per_latent + 1, self.window, self.settings.stride)

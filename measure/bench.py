@@ -66,15 +66,9 @@ def in_new_process(f: Callable, *args):
         return pool.submit(f, *args).result()
 
 
-def windows_of(recipe: Recipe) -> list[slice]:
-    return S.make_windows(
-        (recipe.num_frames - 1) // recipe.frames_per_latent + 1, recipe.window, recipe.settings.stride
-    )
-
-
 def evaluations(recipe: Recipe, method: str) -> int:
     levels = recipe.backbone.make_levels(recipe.scheduler, recipe.num_inference_steps)
-    return S.count_evaluations(levels, windows_of(recipe), replace(recipe.settings, **S.METHODS[method]))
+    return S.count_evaluations(levels, recipe.windows(), replace(recipe.settings, **S.METHODS[method]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ def still(latents: Tensor, t: float, prompts: list[str]) -> Tensor:
 
 
 def overhead() -> Iterator[tuple[str, str]]:
-    windows, s = windows_of(BIG), BIG.settings
+    windows, s = BIG.windows(), BIG.settings
     x, noise = torch.randn(2, windows[-1].stop, *BIG.latent).to(DEVICE)
     prompts, generator = [""] * len(windows), torch.Generator().manual_seed(0)
     stages = {
@@ -233,14 +227,14 @@ def length() -> Iterator[tuple[str, str]]:
 def make_tiny() -> tuple:
     recipe = get_recipe("tiny")
     backbone = recipe.backbone(recipe.model, DEVICE, guidance_scale=recipe.guidance_scale)
-    prompts = ["A star. It jumps."] * len(windows_of(recipe))
+    prompts = ["A star. It jumps."] * len(recipe.windows())
     backbone.encode(prompts)
     backbone.load()
     return recipe, backbone, prompts
 
 
 def sampling_seconds(recipe: Recipe, backbone, prompts: list[str], method: str, predict_x0: Callable) -> float:
-    windows, levels = windows_of(recipe), backbone.levels(recipe.num_inference_steps)
+    windows, levels = recipe.windows(), backbone.levels(recipe.num_inference_steps)
     settings = replace(recipe.settings, **S.METHODS[method])
     x = torch.randn(windows[-1].stop, *recipe.latent).to(DEVICE)
     run = lambda: S.syncos(predict_x0, x, levels, windows, prompts, settings, torch.Generator())  # noqa: E731

@@ -135,15 +135,15 @@ def make_wan(recipe: Recipe, parts: Sequence[str]) -> object:
 
     dtype = getattr(torch, recipe.dtype)
     make = dict(
-        tokenizer=(dtype, make_tokenizer),
-        text_encoder=(dtype, lambda: make_encoder("UMT5", 256384, dtype)),
-        transformer=(dtype, lambda: D.WanTransformer3DModel(num_attention_heads=12, num_layers=30, ffn_dim=8960)),
-        vae=(torch.float32, D.AutoencoderKLWan),
+        tokenizer=make_tokenizer,
+        text_encoder=lambda: make_encoder("UMT5", 256384, dtype),
+        transformer=lambda: D.WanTransformer3DModel(num_attention_heads=12, num_layers=30, ffn_dim=8960),
+        vae=D.AutoencoderKLWan,
     )
     made = dict.fromkeys(make)
     for name in parts:
-        with made_of(make[name][0]):
-            made[name] = make[name][1]().eval() if name != "tokenizer" else make_tokenizer()
+        with made_of(torch.float32 if name == "vae" else dtype):
+            made[name] = make[name]()
     return D.WanPipeline(**made, scheduler=D.FlowMatchEulerDiscreteScheduler())
 
 

@@ -16,6 +16,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -35,19 +36,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import world as W  # noqa: E402
 from backbones import get_recipe  # noqa: E402
 from evaluate import Watch, consistency, seam_ratio, window_joins  # noqa: E402
-from fifo import FifoSettings, count_turns, fifo  # noqa: E402
+from fifo import FifoSettings, count_turns, fifo, stack_levels  # noqa: E402
 from fifo import count_evaluations as count_fifo  # noqa: E402
 from prompts import Story, assign_events, frame_events  # noqa: E402
-from syncos import (  # noqa: E402
-    ABLATIONS,
-    METHODS,
-    count_evaluations,
-    implied_noise,
-    make_windows,
-    revert,
-    stack_levels,
-    syncos,
-)
+from syncos import ABLATIONS, METHODS, count_evaluations, implied_noise, make_windows, revert, syncos  # noqa: E402
 
 NAMES = ["shape", "colour", "place", "action"]
 
@@ -273,30 +265,25 @@ def long_video(model, seed: int, change: dict, done: dict, keep: Callable) -> di
     frames, structured = change.pop("num_frames", recipe.num_frames), change.pop("structured", True)
     steps, queue = change.pop("steps", recipe.num_inference_steps), change.pop("fifo", None)
     settings = replace(recipe.settings, **change) if queue is None else FifoSettings(**queue)
-    levels, size = model.levels(steps), recipe.window
-    windows = make_windows(
-        (frames - 1) // 4 + 1, size, recipe.settings.stride if queue is not None else settings.stride
-    )
+    levels, size, stride = model.levels(steps), recipe.window, change.get("stride", recipe.settings.stride)
+    windows = make_windows((frames - 1) // 4 + 1, size, stride)
     story, actions, shape = scenario(seed)
     events = assign_events(windows, len(actions))
+    if queue is None:
+        method, of, events_of = syncos, windows, events
+        count = count_evaluations(levels, windows, settings)
+    else:
+        method, of, events_of = fifo, size, frame_events(windows, events)
+        count = count_fifo(steps, size, count_turns(steps, size, windows[-1].stop), settings)
     key = f"video {model.name} {settings} {frames} {steps} {seed}" + " local" * (not structured)
     if key not in done:
         prompts = story.event_prompts(structured)
         model.encode(prompts)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(windows[-1].stop, *recipe.latent, generator=generator)
-        if queue is None:
-            each = [prompts[e] for e in events]
-            x = syncos(model.predict_x0, noise, levels, windows, each, settings, generator)
-        else:
-            each = [prompts[e] for e in frame_events(windows, events)]
-            x = fifo(model.predict_x0, noise, levels, size, each, settings, generator)
-        keep(key, model.read(x, windows))
+        each = [prompts[e] for e in events_of]
+        keep(key, model.read(method(model.predict_x0, noise, levels, of, each, settings, generator), windows))
     seen = done[key]
-    if queue is None:
-        count = count_evaluations(levels, windows, settings)
-    else:
-        count = count_fifo(steps, size, count_turns(steps, size, windows[-1].stop), settings)
     shapes, colors, places, _ = zip(*seen["fits"])
     follows = [float(fit[3] == actions[e]) for fit, e in zip(seen["fits"], events)]
     meets = [len(set(events[max(i - 1, 0) : i + 2])) > 1 for i in range(len(events))]  # another event's window beside
@@ -307,7 +294,7 @@ def long_video(model, seed: int, change: dict, done: dict, keep: Callable) -> di
         "structure flicker": sum(a[:3] != b[:3] for a, b in zip(seen["fits"], seen["fits"][1:])),
         "follow their prompt": statistics.mean(follows),
         "at joins": statistics.mean([f for f, meet in zip(follows, meets) if meet]),
-        "elsewhere": statistics.mean([f for f, meet in zip(follows, meets) if not meet]),
+        "elsewhere": statistics.mean([f for f, meet in zip(follows, meets) if not meet] or [math.nan]),
         "right shape": statistics.mean(s == shape for s in shapes),
         "distance x 1000": 1000 * seen["distance"],
         "motion x 1000": 1000 * seen["motion"],

@@ -12,7 +12,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
 from backbones import RECIPES, Backbone, CogVideoX, get_recipe, in_batches
-from syncos import METHODS, Settings, count_evaluations, flow_levels, make_windows, syncos
+from syncos import METHODS, Settings, count_evaluations, flow_levels, syncos
 
 PROMPT = "a red fox . it jumps"
 
@@ -237,7 +237,7 @@ def test_every_recipe_is_a_run_of_the_method(name):
     """Its walk, plan and counts, with a perfect denoiser in the model's place; t_min at the paper's noise levels."""
     r, calls = RECIPES[name], []
     s, levels = r.settings, r.backbone.make_levels(r.scheduler, r.num_inference_steps)
-    windows = make_windows((r.num_frames - 1) // r.frames_per_latent + 1, r.window, s.stride)
+    windows = r.windows()
     assert (r.num_frames - 1) % r.frames_step == 0 or r.frames_step == 1
     assert (r.frames_per_latent > 1) == (name != "videocrafter2")
     assert all(a.t > b.t and a.alpha < b.alpha and a.sigma > b.sigma for a, b in zip(levels, levels[1:]))
@@ -267,9 +267,7 @@ def test_recipes_are_the_released_models(name):
     """Window, plan and schedule of the paper's 4x run."""
     recipe = RECIPES[name]
     levels = recipe.backbone.make_levels(recipe.scheduler, 50)
-    windows = make_windows(
-        (recipe.num_frames - 1) // recipe.frames_per_latent + 1, recipe.window, recipe.settings.stride
-    )
+    windows = recipe.windows()
     assert len(levels) == 51 and len(windows) == {"opensora-plan": 12, "wan": 11, "videocrafter2": 13}.get(name, 10)
     if name != "videocrafter2":  # whose walk neither starts at noise nor ends clean
         assert levels[0] == (1000 if name == "wan" else 999, 0.0, 1.0) and levels[-1] == (-1, 1.0, 0.0)

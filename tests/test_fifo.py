@@ -14,7 +14,7 @@ from test_syncos import ABAR, Gaussian, flow_walk, maxdiff, randn, rng
 import demo
 import syncos as S
 from backbones import CogVideoX, OpenSoraPlan, VideoCrafter2, Wan, in_batches
-from fifo import FifoSettings, count_evaluations, count_turns, fifo, queue_windows
+from fifo import FifoSettings, count_evaluations, count_turns, fifo, queue_windows, stack_levels
 from memory import meta_as_gpu
 from models.cogvideox import FrameLayerNormZero, take_frame_timesteps
 from models.opensora_plan import OpenSoraT2V_v1_3
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused():
 def test_conversions_know_a_level_for_every_frame():
     at = {level.t: level for level in LEVELS}
     t = torch.tensor([[999, 916, 833], [3, 86, 916]], dtype=torch.float64)
-    level = S.stack_levels([[at[x] for x in row] for row in t.tolist()], torch.device("cpu"))
+    level = stack_levels([[at[x] for x in row] for row in t.tolist()], torch.device("cpu"))
     output, x = randn(2, 3, 4, 2, 2, seed=1), randn(2, 3, 4, 2, 2, seed=2)
     assert torch.equal(level.t, t) and level.alpha.shape == (2, 3, 1, 1, 1)
     for prediction in ("v_prediction", "flow", "epsilon"):

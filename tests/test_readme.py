@@ -58,11 +58,10 @@ def test_the_settings_table_is_the_recipes(column, name):
     cells = {re.sub(r"\[|\]\(.*\)|`|--", "", row[0]): row[column] for row in rows if len(row) == 7}
     r = RECIPES[name]
     s: Settings = r.settings
-    windows = make_windows((r.num_frames - 1) // r.frames_per_latent + 1, r.window, s.stride)
     levels = r.backbone.make_levels(r.scheduler, r.num_inference_steps)
     assert cells["windows, latent frames"].split()[0] == str(r.window)
     assert cells["stride"] == str(s.stride) and cells["t_min"] == f"{s.t_min:g}"
     assert cells["steps, eta"] == f"{r.num_inference_steps}, 0" and cells["guidance"] == f"{r.guidance_scale:g}"
     assert cells["csd_iters, csd_lr"] == f"{s.csd_iters}, {s.csd_lr:g}" and cells["csd_batch"] == str(s.csd_batch)
     assert cells["num_frames"] == str(r.num_frames)
-    assert cells["model evaluations"] == str(count_evaluations(levels, windows, s))
+    assert cells["model evaluations"] == str(count_evaluations(levels, r.windows(), s))
