@@ -45,13 +45,14 @@ class Backbone:
 
     model: hub id or folder. offload: "none", or "model" or "sequential" if parts go to the device only when they are
     called, whole or layer by layer, by diffusers' own hooks. tiling: decode in spatial tiles. Nothing is loaded before
-    `encode` or `load`, which raise ValueError if a part is missing.
+    `encode` or `load`, which raise ValueError if a part is missing; so does tiling, where there is none.
     """
 
     pipe: Any  # of diffusers: the models, their placement and offload
     prediction: str  # "v_prediction", "epsilon" or "flow"
     negative_prompt = ""
     frame_timesteps = False  # can frames of one window have different timesteps?
+    untiled = ""  # which model cannot decode in tiles, and why
     scheduler: Mapping
 
     def __init__(
@@ -63,6 +64,8 @@ class Backbone:
         offload: str = "none",
         tiling: bool = False,
     ):
+        if tiling and self.untiled:
+            raise ValueError(f"--vae_tiling is not there for {self.untiled}; leave it out.")
         self.model, self.device, self.dtype = model, torch.device(device), dtype
         self.guidance_scale, self.offload, self.tiling = guidance_scale, offload, tiling
         self.texts: dict[str, tuple[Tensor, ...]] = {}

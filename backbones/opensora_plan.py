@@ -18,11 +18,12 @@ SCHEDULER = dict(
 class OpenSoraPlan(Backbone):
     """Open-Sora Plan v1.3, by hub id or from a folder laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
 
-    The text encoder is google/mt5-xxl's, or the folder's own if it has an mt5-xxl/. Raises ValueError for tiling, which
-    there is not.
+    The text encoder is google/mt5-xxl's, or the folder's own if it has an mt5-xxl/.
     """
 
     prediction = "v_prediction"
+    scheduler = SCHEDULER
+    untiled = "Open-Sora Plan, whose decoder streams"
     frame_timesteps = True
     positive = "high quality, high aesthetic, {}"  # the authors' templates; tokens are the same without line breaks
     negative_prompt = (
@@ -30,12 +31,6 @@ class OpenSoraPlan(Backbone):
         "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
     )
     text_length = 512
-
-    def __init__(self, model: str, *args, **options):
-        super().__init__(model, *args, **options)
-        self.scheduler = SCHEDULER
-        if self.tiling:
-            raise ValueError("--vae_tiling is not there for Open-Sora Plan, whose decoder streams; leave it out.")
 
     @staticmethod
     def measure(model: str) -> dict[str, Any]:

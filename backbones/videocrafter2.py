@@ -25,18 +25,13 @@ SCHEDULER = dict(
 class VideoCrafter2(Backbone):
     """VideoCrafter2: the release's model.ckpt (hub id, folder or file), or a folder in diffusers' format.
 
-    A U-Net that predicts eps. One latent frame is one video frame, so there is nothing causal. Raises ValueError for
-    tiling, which there is not.
+    A U-Net that predicts eps. One latent frame is one video frame, so there is nothing causal.
     """
 
     prediction = "epsilon"
+    scheduler = SCHEDULER
+    untiled = "VideoCrafter2, which decodes frame by frame"
     text_length = 77
-
-    def __init__(self, model: str, *args, **options):
-        super().__init__(model, *args, **options)
-        self.scheduler = SCHEDULER
-        if self.tiling:
-            raise ValueError("--vae_tiling is not there for VideoCrafter2, which decodes frame by frame; leave it out.")
 
     @staticmethod
     def measure(model: str) -> dict[str, Any]:

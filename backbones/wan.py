@@ -19,6 +19,7 @@ class Wan(Backbone):
     """
 
     prediction = "flow"
+    untiled = "Wan, whose decoder streams"
     frame_timesteps = True
     negative_prompt = (  # ours, in English; the authors' own, in Chinese, is longer
         "gaudy colours, overexposed, blurred details, subtitles, drawing, grey all over, worst quality, low quality, "
@@ -30,8 +31,6 @@ class Wan(Backbone):
     def __init__(self, model: str, *args, **options):
         super().__init__(model, *args, **options)
         self.scheduler = self.measure(model)["scheduler"]
-        if self.tiling:
-            raise ValueError("--vae_tiling is not there for Wan, whose decoder streams; leave it out.")
 
     @staticmethod
     def measure(model: str) -> dict[str, Any]:
