@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--output_path", type=Path, default=Path("output.mp4"), help=".mp4 or .gif (default: output.mp4)"
+        "--output_path", type=Path, default=Path("output.mp4"), help=".mp4, .gif or .webp (default: output.mp4)"
     )
     group.add_argument("--captions", action=argparse.BooleanOptionalAction,
                        help=f"the prompt of the event that plays, under the picture {own}")  # fmt: skip
@@ -255,8 +255,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Raises ValueError if a file that the run may write cannot be written, or is another of its files."""
     out, safe = args.output_path, (".safetensors",)
     if not out.name:
-        raise ValueError("--output_path must name a file, .mp4 or .gif.")
-    written = {"the video": (out, (".mp4", ".gif")), "its contact sheet": (out.with_suffix(".png"), (".png",))}
+        raise ValueError("--output_path must name a file, .mp4, .gif or .webp.")
+    written = {"the video": (out, (".mp4", ".gif", ".webp")), "its contact sheet": (out.with_suffix(".png"), (".png",))}
     if not args.decode:
         written["the latents"] = latents_file(args), safe
         written["the state"] = args.state or args.resume or out.with_suffix(".state.safetensors"), safe

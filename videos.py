@@ -130,13 +130,16 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: int, comment: str = "") -> None:
-    """Frames as gif, or as mp4 that plays everywhere, with a comment in its metadata. Raises OSError."""
-    from imageio_ffmpeg import count_frames_and_secs, write_frames
+    """Frames as mp4 that plays everywhere, with a comment in its metadata, or as gif or webp. Raises OSError."""
+    from imageio_ffmpeg import write_frames
 
     first = next(frames)
     if path.suffix.lower() == ".mp4":
         extra = ["-movflags", "+faststart", "-metadata", f"comment={comment}"]
         options = dict(codec="libx264", pix_fmt_out="yuv420p", quality=8, macro_block_size=2, output_params=extra)
+    elif path.suffix.lower() == ".webp":
+        options = dict(codec="libwebp_anim", pix_fmt_out="yuv420p", quality=None, macro_block_size=2)
+        options |= dict(output_params=["-quality", "75", "-loop", "0"])
     else:  # a palette of its own for each frame, so that ffmpeg need not keep them all
         palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
         options = dict(codec="gif", pix_fmt_out="pal8", macro_block_size=1, output_params=["-filter_complex", palette])
@@ -151,12 +154,21 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: int, comment: str
                     ffmpeg.send(np.ascontiguousarray(frame))
                 except OSError:
                     break
-        try:  # when the disk is full ffmpeg ends in silence
-            complete = count_frames_and_secs(str(partial))[0] == written
-        except RuntimeError:
-            complete = False
-        if not complete:
+        if not is_whole(partial, written):
             raise OSError("ffmpeg could not finish it (is the disk full?)")
+
+
+def is_whole(path: Path, frames: int) -> bool:
+    """Does a video hold so many frames? When the disk is full ffmpeg ends in silence."""
+    from imageio_ffmpeg import count_frames_and_secs
+
+    if path.suffix.lower() == ".webp":  # equal frames are one there, so ask for the length that the file should have
+        data = path.read_bytes() if path.exists() else b""
+        return len(data) == 8 + int.from_bytes(data[4:8], "little")
+    try:
+        return count_frames_and_secs(str(path))[0] == frames
+    except RuntimeError:
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

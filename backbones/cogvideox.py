@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.mkldnn import to_mkldnn
 
 from backbones.base import Backbone, Recipe, to_uint8
 from syncos import Level, Settings, diffusion_levels
@@ -126,6 +127,11 @@ class CogVideoX(Backbone):
 
 class Tiny(CogVideoX):
     """The embedded model (tiny/): a real CogVideoX, small, that knows the words of its little world and no others."""
+
+    def load(self, decoder_only: bool = False) -> None:
+        super().load(decoder_only)
+        if self.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self.pipe.vae.decoder = to_mkldnn(self.pipe.vae.decoder)  # by itself torch takes small Conv3ds the slow way
 
     def encode(self, prompts: Sequence[str]) -> None:
         tokenizer = self.load_pipe("tokenizer").tokenizer

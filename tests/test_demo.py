@@ -150,7 +150,7 @@ def bad_inputs(tmp_path):
         "Cannot read the story": ["--story", str(tmp_path / "none.json")],
         "not both": ["--prompt", "a", "--scenario", "corgi"],
         "--global_prompt goes with": ["--global_prompt", "a", "--scenario", "corgi"],
-        "name of .* must end in .mp4 or .gif": ["--output_path", str(tmp_path / "video.avi")],
+        "name of .* must end in .mp4 or .gif or .webp": ["--output_path", str(tmp_path / "video.avi")],
         "does not exist; make it": ["--output_path", str(tmp_path / "no" / "video.mp4")],
         "is no CogVideoX pipeline": ["--model", str(tmp_path / "none")],
         "no backbone sora": ["--backbone", "sora"],

@@ -11,8 +11,10 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_pipeline
+from PIL import Image
 
 import demo
 import videos
@@ -99,13 +101,15 @@ def test_nobody_reads_on(base, tmp_path):
 @pytest.mark.parametrize("limit, what, safe", [
     (3000, "s.safetensors", ""),
     (60_000, "video.mp4", " The latents are safe; --decode {}/video.undecoded.safetensors goes on."),
+    (60_000, "video.webp", " The latents are safe; --decode {}/video.undecoded.safetensors goes on."),
 ])  # fmt: skip
 def test_a_full_disk_is_one_sentence(base, tmp_path, limit, what, safe):
     """No file may grow beyond some bytes, which to a program is like a full disk."""
 
     def work():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        demo.main([*base, "--state", str(tmp_path / "s.safetensors")])
+        output = what if what.startswith("video") else "video.mp4"
+        demo.main([*base, "--state", str(tmp_path / "s.safetensors"), "--output_path", str(tmp_path / output)])
 
     assert wait(fork(work, tmp_path / "errors")) == 1
     error = (tmp_path / "errors").read_text()
@@ -114,6 +118,18 @@ def test_a_full_disk_is_one_sentence(base, tmp_path, limit, what, safe):
     assert last.startswith(f"Cannot write {tmp_path / what}: ") and last.endswith(safe.format(tmp_path) or ".")
     assert ("safe;" in last) == bool(safe)
     assert not list(tmp_path.glob("*partial*"))
+
+
+def test_webp_is_whole_even_if_nothing_moves(tmp_path):
+    """Frames that are equal become one there."""
+    for name, shades in dict(still=[7] * 20, moving=range(0, 200, 10)).items():
+        frames = (np.full((32, 48, 3), shade, np.uint8) for shade in shades)
+        videos.write_video(tmp_path / f"{name}.webp", frames, 10)
+        picture = Image.open(tmp_path / f"{name}.webp")
+        assert picture.size == (48, 32) and picture.n_frames == len(set(shades))
+        picture.seek(picture.n_frames - 1)
+        assert abs(np.asarray(picture.convert("RGB")).mean() - shades[-1]) < 3
+    assert picture.info["loop"] == 0  # for ever
 
 
 def test_the_folder_vanishes_during_the_run(base, tmp_path, monkeypatch):
