@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,18 @@ from safetensors.torch import load_file
 
 import world as W
 from backbones import RECIPES, get_recipe
-from reproduce import TABLES, Exact, TinyModel, compare, consistency_of, long_video, read_change, verdict
-from syncos import implied_noise, revert
+from reproduce import (
+    TABLES,
+    Exact,
+    TinyModel,
+    compare,
+    consistency_of,
+    long_video,
+    read_change,
+    syncos_fading,
+    verdict,
+)
+from syncos import implied_noise, make_windows, revert, syncos
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tiny" / "checkpoint"
@@ -176,6 +187,20 @@ def test_fifo_is_measured_beside_the_others(monkeypatch):
     assert 0 <= values["structure flicker"] <= 9 and 0 <= values["at joins"] <= 1
     monkeypatch.setattr("reproduce.fifo", None)
     assert long_video(Exact(), 0, dict(fifo={}, steps=13), kept, None) == values
+
+
+def test_a_fading_learning_rate_is_sigma_times_the_settings():
+    """Where stage 2 runs in one step it is plain SynCoS with that step's rate."""
+    model, prompts = Exact(), ["A star. It jumps."] * 3
+    model.encode(prompts)
+    levels, windows = model.levels(6), make_windows(21, 13, 4)
+    settings = replace(model.recipe.settings, t_min=levels[2].t, csd_iters=2)
+    run = lambda method, settings: method(  # noqa: E731
+        model.predict_x0, torch.randn(21, 3, 8, 8, generator=rng()), levels, windows, prompts, settings, rng()
+    )
+    expected = run(syncos, replace(settings, csd_lr=settings.csd_lr * levels[1].sigma))
+    assert torch.equal(run(syncos_fading, settings), expected)
+    assert not torch.equal(run(syncos, settings), expected)
 
 
 BAD_SETTINGS = ["gen_l_video", '{"t_min": 300', '{"t_mim": 300}', '{"csd_iters": 0}', '{"fifo": {"eta": 2}}', "[1]"]
