@@ -1,12 +1,15 @@
 """Tiny CogVideoX pipelines with random weights, sincos (like 2B) and rotary (like 5B): 16x32 pixels, 5 latents."""
 
+import os
+
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-torch.set_num_threads(1)  # the tensors are tiny; more threads only get in each other's way
+torch.set_num_threads(1)  # the tensors are tiny; more threads only get in each other's way,
+os.environ["OMP_NUM_THREADS"] = "1"  # also in programs that tests start
 WORDS = "a red fox it runs jumps sleeps and looks around .".split()
 
 
