@@ -29,7 +29,7 @@ import prompts as P
 import videos as V
 
 PRESETS = {  # changes to a backbone's own settings
-    "paper": dict(csd_iters=20),  # and its t_min, `Recipe.paper_t_min`
+    "paper": dict(csd_iters=20),  # and its 50 steps, and its t_min, `Recipe.paper_t_min`
     "fast": dict(csd_iters=2),  # ours: in the tiny world more hardly help (measure/reproduce.py chart)
 }
 
@@ -288,7 +288,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     recipe = get_recipe(args.backbone, args.model)
     device, dtype = choose_device(args, recipe)
-    given = {k: v for k, v in vars(args).items() if v is not None}
+    given = dict(num_inference_steps=50) if args.preset == "paper" else {}
+    given |= {k: v for k, v in vars(args).items() if v is not None}
     pick = lambda *names: {k: given[k] for k in names if k in given}  # noqa: E731
     if size := pick("height", "width", "window_frames"):
         c, (_, h, w) = recipe.frames_per_latent, recipe.latent

@@ -206,7 +206,7 @@ SCENARIOS = {
         ),
     ),
     # the tiny world (tiny/world.py): colour and place are left open, so the model must keep to its own choice
-    "tiny-star": Story("A red star.", ("It moves right.", "It grows.", "It moves left.", "It shrinks.")),
+    "tiny-star": Story("A red star.", ("It grows.", "It moves right.", "It shrinks.", "It moves left.")),
     "tiny-ball": Story("A ball.", ("It grows.", "It moves right.", "It jumps.", "It shrinks.")),
     "tiny-box": Story("A box.", ("It jumps.", "It moves left.", "It shrinks.", "It moves right.")),
     "tiny-night": Story("A triangle at night.", ("It moves left.", "It grows.", "It jumps.", "It moves right.")),

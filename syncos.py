@@ -126,7 +126,7 @@ def first_frames(windows: Sequence[slice]) -> list[int]:
 
     Causal video VAEs encode one video frame in the first latent frame of a clip and several in every other. Each window
     is a clip to the model, so the first frame that it predicts is of the one-frame kind, which in the long video only
-    the very first is: averaged with its neighbours' it smears. A frame where no other window lies must count.
+    the very first is, and is averaged with its neighbours'. A frame where no other window lies must count.
     """
     return [int(any(v.start < w.start < v.stop for v in windows)) for w in windows]
 

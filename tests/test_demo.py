@@ -79,7 +79,7 @@ def test_saved_latents_decode_to_the_same_video(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, count", [([], 1180), (["--preset", "fast"], 772), (["--preset", "paper", "--csd_iters", "5"], 680)]
+    "words, count", [([], 590), (["--preset", "fast"], 386), (["--preset", "paper", "--csd_iters", "5"], 680)]
 )
 def test_presets_change_the_settings_and_options_change_presets(words, count, capsys):
     call(*words, "--plan")

@@ -1,14 +1,16 @@
 """The README's own code and figures."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import demo
+import fifo
 from backbones import RECIPES, get_recipe, in_batches
-from syncos import Settings, count_evaluations, make_windows, syncos
+from syncos import METHODS, Settings, count_evaluations, make_windows, syncos
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,4 +66,9 @@ def test_the_settings_table_is_the_recipes(column, name):
     assert cells["steps, eta"] == f"{r.num_inference_steps}, 0" and cells["guidance"] == f"{r.guidance_scale:g}"
     assert cells["csd_iters, csd_lr"] == f"{s.csd_iters}, {s.csd_lr:g}" and cells["csd_batch"] == str(s.csd_batch)
     assert cells["num_frames"] == str(r.num_frames)
-    assert cells["model evaluations"] == str(count_evaluations(levels, r.windows(), s))
+    steps, windows = r.num_inference_steps, r.windows()
+    queued = fifo.count_turns(steps, r.window, windows[-1].stop)
+    queued = fifo.count_evaluations(steps, r.window, queued, fifo.FifoSettings())
+    assert cells["model evaluations"] == str(count_evaluations(levels, windows, s))
+    assert cells["of Gen-L-Video"] == str(count_evaluations(levels, windows, replace(s, **METHODS["gen-l-video"])))
+    assert cells["of FIFO-Diffusion"] == (str(queued) if r.backbone.frame_timesteps else "-")

@@ -153,7 +153,7 @@ def test_exact_denoiser_is_the_posterior_mean_and_reads_its_clips_back():
 def test_long_videos_are_measured_once(monkeypatch):
     kept = {}
     values = long_video(Exact(), 0, dict(csd_iters=2), kept, kept.__setitem__)
-    assert len(kept) == 1 and values["evaluations"] == 500 + 34 * 2 * 4
+    assert len(kept) == 1 and values["evaluations"] == 250 + 17 * 2 * 4
     monkeypatch.setattr("reproduce.syncos", None)
     assert long_video(Exact(), 0, dict(csd_iters=2), kept, None) == values
 
