@@ -108,6 +108,19 @@ def test_recipe_is_the_checkpoints(backbone):
     assert all(own[k] == v for k, v in written.scheduler.items())
 
 
+def test_decoding_is_the_pipelines():
+    """Other convolutions, streamed: what diffusers' own decoder gives."""
+    recipe = get_recipe("tiny")
+    tiny = recipe.backbone(recipe.model)
+    tiny.load(decoder_only=True)
+    latents = torch.randn(5, 8, 8, 8, generator=rng())
+    ours = torch.stack([torch.from_numpy(frame) for frame in tiny.decode(latents)])
+    pipe = CogVideoXPipeline.from_pretrained(CHECKPOINT, transformer=None, text_encoder=None, tokenizer=None)
+    with torch.no_grad():
+        theirs = (pipe.decode_latents(latents[None])[0] / 2 + 0.5).clamp(0, 1).mul(255).round()
+    assert (ours.permute(3, 0, 1, 2) - theirs).abs().max() <= 1  # a rounding at a uint8 border
+
+
 def test_unknown_words_get_one_warning(backbone):
     with pytest.warns(UserWarning) as caught:
         backbone.encode(["A red dragon. It flies.", "A Red BALL. It flies."])
