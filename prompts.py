@@ -205,7 +205,7 @@ SCENARIOS = {
             "The astronaut walks into a forest of glowing plants.",
         ),
     ),
-    # the tiny world (tiny/world.py): colour and place are left open, so the model must keep to its own choice
+    # the tiny world (tiny/world.py): what a story leaves open, place or colour, is the model's to keep
     "tiny-star": Story("A red star.", ("It grows.", "It moves right.", "It shrinks.", "It moves left.")),
     "tiny-ball": Story("A ball.", ("It grows.", "It moves right.", "It jumps.", "It shrinks.")),
     "tiny-box": Story("A box.", ("It jumps.", "It moves left.", "It shrinks.", "It moves right.")),

@@ -259,8 +259,9 @@ def syncos_fading(predict_x0, latents, levels, windows, prompts, settings, gener
     """`syncos`, step by step, each with its own learning rate of stage 2: the settings' times sigma."""
     x, estimates = latents, [None]
     for step, level in enumerate(levels[:-1]):
-        own, done = replace(settings, csd_lr=settings.csd_lr * level.sigma), lambda *seen: estimates.append(seen[2])
-        x = syncos(predict_x0, x, levels[: step + 2], windows, prompts, own, generator, done, step, estimates[-1])
+        own = replace(settings, csd_lr=settings.csd_lr * level.sigma)
+        keep = lambda step, t, x0, x: estimates.append(x0)  # noqa: E731
+        x = syncos(predict_x0, x, levels[: step + 2], windows, prompts, own, generator, keep, step, estimates[-1])
     return x
 
 
