@@ -72,9 +72,17 @@ def pipeline_folder(request, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def sincos_folder(tmp_path_factory):
+    """One of them, for the program, to which both are alike."""
+    folder = tmp_path_factory.mktemp("sincos")
+    make_pipeline(rotary=False).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
-def base(pipeline_folder, tmp_path):
+def base(sincos_folder, tmp_path):
     """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows."""
-    words = f"--backbone cogvideox --model {pipeline_folder} --device cpu --num_frames 33 --num_inference_steps 4"
+    words = f"--backbone cogvideox --model {sincos_folder} --device cpu --num_frames 33 --num_inference_steps 4"
     words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
     return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]

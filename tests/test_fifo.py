@@ -397,7 +397,6 @@ def test_a_run_stays_on_the_device(pipeline_folder):
 # The command line
 
 
-@pytest.mark.parametrize("pipeline_folder", ["sincos"], indirect=True)
 def test_demo_end_to_end(base, tmp_path, capsys):
     """Beside another method, with previews and a trace; stopped in a turn, it goes on bit for bit."""
     words = [*base, "--num_inference_steps", 6, "--compare", "fifo", "gen-l-video", "--save_latents"]
@@ -426,7 +425,6 @@ def test_demo_end_to_end(base, tmp_path, capsys):
     assert "| 20/26" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pipeline_folder", ["sincos"], indirect=True)
 def test_the_plan_knows_what_cannot_be(base, capsys):
     def refused(*words):
         with pytest.raises(SystemExit):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_pipeline
 from PIL import Image
 
 import demo
@@ -21,14 +20,6 @@ import videos
 from backbones import CogVideoX
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def pipeline_folder(tmp_path_factory):
-    """One for all tests here."""
-    folder = tmp_path_factory.mktemp("sincos")
-    make_pipeline(rotary=False).save_pretrained(folder)
-    return str(folder)
 
 
 def fork(work, errors: Path) -> int:
