@@ -26,7 +26,7 @@ from syncos import Level, PredictX0
 @dataclass(frozen=True)
 class FifoSettings:
     lookahead: bool = True  # twice the evaluations
-    eta: float = 0.0  # DDIM's: 0 no new noise, as for SynCoS [ours]; 1 DDPM's [authors]
+    eta: float = 1.0  # DDIM's: 1 new noise as in DDPM [authors], better in the tiny world; 0 none, as SynCoS
     one_prompt: bool = False  # all windows see that of the frame that leaves [authors]; else of their own frames [ours]
 
     def __post_init__(self):

@@ -130,7 +130,8 @@ def test_a_frame_by_itself_is_ddim(lookahead):
     """A denoiser that looks at frames one by one: each frame after the base clip is a plain DDIM walk of the noise that
     entered for it, in closed form."""
     queues = []
-    x = run(Frames(LEVELS), LEVELS, frames=20, lookahead=lookahead, callback=lambda *args: queues.append(args[3]))
+    look = lambda *args: queues.append(args[3])  # noqa: E731
+    x = run(Frames(LEVELS), LEVELS, frames=20, callback=look, lookahead=lookahead, eta=0.0)
     for k in range(4, 20):
         expected = queues[k - 4][-1].double()  # of N(0.3, 0.5^2): of x_t - alpha_t mean only the scale changes
         for (_, a, s), (_, a2, s2) in zip(LEVELS, LEVELS[1:]):
