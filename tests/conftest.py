@@ -10,6 +10,13 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 torch.set_num_threads(1)  # the tensors are tiny; more threads only get in each other's way,
 os.environ["OMP_NUM_THREADS"] = "1"  # also in programs that tests start
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process waits for it in the end."""
+    items.sort(key=lambda item: item.name not in ("test_runs_from_a_clean_kernel", "test_torchrun"))
+
+
 WORDS = "a red fox it runs jumps sleeps and looks around .".split()
 
 
