@@ -28,8 +28,8 @@ from typing import Any
 import prompts as P
 import videos as V
 
-PRESETS = {  # changes to a backbone's own settings
-    "paper": dict(csd_iters=20),  # and its 50 steps, and its t_min, `Recipe.paper_t_min`
+PRESETS = {  # options as they are unless given; the paper's t_min is the model's, `Recipe.paper_t_min`
+    "paper": dict(num_inference_steps=50, csd_iters=20),
     "fast": dict(csd_iters=2),  # ours: in the tiny world more hardly help (measure/reproduce.py chart)
 }
 
@@ -288,16 +288,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     recipe = get_recipe(args.backbone, args.model)
     device, dtype = choose_device(args, recipe)
-    given = dict(num_inference_steps=50) if args.preset == "paper" else {}
-    given |= {k: v for k, v in vars(args).items() if v is not None}
+    presets = dict(PRESETS, paper=PRESETS["paper"] | dict(t_min=recipe.paper_t_min))
+    given = presets.get(args.preset, {}) | {k: v for k, v in vars(args).items() if v is not None}
     pick = lambda *names: {k: given[k] for k in names if k in given}  # noqa: E731
     if size := pick("height", "width", "window_frames"):
         c, (_, h, w) = recipe.frames_per_latent, recipe.latent
         own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
         recipe = recipe.backbone.resize(recipe, *(own | size).values())
-    given_settings = pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min", "causal")
-    presets = dict(PRESETS, paper=PRESETS["paper"] | dict(t_min=recipe.paper_t_min))
-    settings = replace(recipe.settings, **presets.get(args.preset, {}) | given_settings)
+    settings = replace(recipe.settings, **pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min", "causal"))
     recipe = replace(
         recipe, **pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
     )

@@ -66,6 +66,7 @@ def flow_levels(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Lev
     """The levels that a rectified flow walks: alpha = 1 - sigma (the paper's appendix).
 
     sigmas: one a step and the final 0, as diffusers' flow schedulers list them; timesteps: one a step, descending.
+    Returns one level a step and the final one. Raises ValueError if they do not fit together.
     """
     _check_descending(timesteps)
     if len(sigmas) != len(timesteps) + 1:

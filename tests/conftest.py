@@ -71,20 +71,22 @@ def make_pipeline(rotary: bool) -> CogVideoXPipeline:
     return pipe.to("cpu")
 
 
+def save_pipeline(kind: str, tmp_path_factory) -> str:
+    """A folder as CogVideoXPipeline.save_pretrained writes it."""
+    folder = tmp_path_factory.mktemp(kind)
+    make_pipeline(rotary=kind == "rotary").save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session", params=["sincos", "rotary"])
 def pipeline_folder(request, tmp_path_factory):
-    """A folder as CogVideoXPipeline.save_pretrained writes it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    make_pipeline(request.param == "rotary").save_pretrained(folder)
-    return str(folder)
+    return save_pipeline(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def sincos_folder(tmp_path_factory):
-    """One of them, for the program, to which both are alike."""
-    folder = tmp_path_factory.mktemp("sincos")
-    make_pipeline(rotary=False).save_pretrained(folder)
-    return str(folder)
+    """For the program, to which both are alike."""
+    return save_pipeline("sincos", tmp_path_factory)
 
 
 @pytest.fixture
