@@ -176,7 +176,7 @@ TINY = Recipe(
     window=13,
     latent=(8, 8, 8),
     scheduler=dict(SCHEDULER, snr_shift_scale=3.0),
-    settings=Settings(stride=4, t_min=300, csd_iters=5),  # ours: small latents decide identity at lower t
+    settings=Settings(stride=4, t_min=300, csd_iters=5, csd_lr=1.0),  # ours: small latents decide identity at lower t
     dtype="float32",
     scenario="tiny-star",
     num_inference_steps=25,  # ours: 50 are not told from it (measure/README.md)
