@@ -147,6 +147,34 @@ def test_single_clips_show_what_they_are_told_to():
     assert (torch.tensor(found) == stories).sum() >= 15
 
 
+def test_what_is_read_of_a_video_sees_smears_blur_noise_and_a_change_of_place(monkeypatch):
+    """A rendered video of two events, and the same spoilt in known ways."""
+    windows, frames = [slice(0, 13), slice(4, 17)], 65
+    x = torch.linspace(0.25, 0.75, frames)
+    motion = torch.stack([x, torch.full_like(x, W.GROUND - W.RADIUS), torch.ones_like(x)], -1)
+    here, there = (W.render(torch.tensor([[0, 1, place, 0]]), motion[None])[0] for place in (1, 2))
+    model = object.__new__(TinyModel)
+    model.fitter = W.Fitter()
+
+    def read(video):
+        monkeypatch.setattr(model, "video", lambda latents: video.clamp(0, 1), raising=False)
+        return model.read(None, windows)
+
+    clean = read(here)
+    assert clean["fits"] == [(0, 1, 1, 0)] * 2 and clean["sharpness"] == pytest.approx(1, abs=0.01)
+    assert len(clean["frames"]) == 17 and max(clean["frames"]) < 1e-4
+    smeared = here.clone()
+    smeared[21:25] = (here[21:25] + here[:4]) / 2  # latent frame 6
+    smear = read(smeared)["frames"]
+    assert max(smear) == smear[6] > 30 * sorted(smear)[-2]
+    blurred = torch.nn.functional.avg_pool2d(here, 3, 1, 1, count_include_pad=False)
+    assert read(blurred)["sharpness"] < 0.7
+    noisy = read(here + 0.1 * torch.randn(here.shape, generator=rng()))
+    assert noisy["fits"] == clean["fits"] and noisy["pictures"] < clean["pictures"] - 0.05  # the fits see through it
+    moved = read(torch.cat([here[:33], there[33:]]))
+    assert moved["pictures"] < clean["pictures"] - 0.1 and moved["fits"][1][2] == 2
+
+
 def test_exact_denoiser_is_the_posterior_mean_and_reads_its_clips_back():
     model, prompts = Exact(), ["A star. It jumps.", "A star. It grows."]
     level = model.levels(50)[25]
