@@ -124,8 +124,7 @@ def test_decoding_is_the_pipelines():
 def test_unknown_words_get_one_warning(backbone):
     with pytest.warns(UserWarning) as caught:
         backbone.encode(["A red dragon. It flies.", "A Red BALL. It flies."])
-    assert len(caught) == 1
-    text = str(caught[0].message)
+    [text] = [text for each in caught if "does not know" in (text := str(each.message))]  # libraries may warn beside
     assert "does not know dragon, flies;" in text and "it knows" in text and "meadow" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
