@@ -30,7 +30,7 @@ import videos as V
 
 PRESETS = {  # options as they are unless given; the paper's t_min is the model's, `Recipe.paper_t_min`
     "paper": dict(num_inference_steps=50, csd_iters=20),
-    "fast": dict(csd_iters=2),  # ours: in the tiny world more hardly help (measure/reproduce.py chart)
+    "fast": dict(csd_iters=2),  # ours: most of the coherence for few evaluations (measure/reproduce.py chart)
 }
 
 

@@ -147,7 +147,7 @@ def test_single_clips_show_what_they_are_told_to():
 
 
 def test_what_is_read_of_a_video_sees_smears_blur_noise_and_a_change_of_place(monkeypatch):
-    """A rendered video of two events, and the same spoilt in known ways."""
+    """A rendered video of two windows, and the same spoilt in known ways."""
     windows, frames = [slice(0, 13), slice(4, 17)], 65
     x = torch.linspace(0.25, 0.75, frames)
     motion = torch.stack([x, torch.full_like(x, W.GROUND - W.RADIUS), torch.ones_like(x)], -1)
