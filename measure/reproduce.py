@@ -459,8 +459,7 @@ def main() -> None:
     parser.add_argument("what", choices=["quality", "coherence", "chart", "tables"])
     parser.add_argument("--denoisers", nargs="+", choices=["tiny", "exact"], help="(default: tiny; chart: both)")
     parser.add_argument("--model", default=str(ROOT / "tiny" / "checkpoint"), help="another tiny model's folder")
-    fast = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
-    parser.add_argument("--dtype", default=fast, help="of the tiny model (default: bfloat16 where it is fast)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
     parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
     parser.add_argument("--methods", nargs="+", default=["syncos", "gen-l-video"], help="for coherence: names, or "
@@ -500,9 +499,9 @@ def main() -> None:
     done = dict(map(json.loads, args.results.read_text().splitlines())) if args.results.exists() else {}
 
     def keep(key, value):
-        done[key] = json.loads(json.dumps(value))
+        done[key] = json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}"))
         with args.results.open("a") as file:
-            file.write(json.dumps([key, value]) + "\n")
+            file.write(json.dumps([key, done[key]]) + "\n")
 
     if args.what == "quality":
         quality(models[0], args.clips, done, keep)
