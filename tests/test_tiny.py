@@ -1,5 +1,6 @@
 """The tiny world and its checkpoint: the renderer, the fit that reads it back, and the model that was trained on it."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import world as W
 from backbones import RECIPES, get_recipe
 from reproduce import (
+    SEEDS,
     TABLES,
     Exact,
     TinyModel,
@@ -279,6 +281,15 @@ def test_tables_compare_scenario_by_scenario(capsys):
     assert mean(pictures[3]) == pytest.approx(sum(b) / 3, abs=0.006)
     assert mean(pictures_minus[2]) == pytest.approx((sum(b) - sum(a)) / 3, abs=0.006)
     assert "(paper: 0.813 - 0.889) *" in shown_minus[2][1] and "reproduced" not in " ".join(pictures_minus[2])
+
+
+def test_the_tables_on_the_page_are_of_the_results_beside_it(capsys):
+    folder = ROOT / "measure"
+    done = dict(map(json.loads, (folder / "tables.jsonl").read_text().splitlines()))
+    compare(TinyModel(str(CHECKPOINT), "float32"), range(*SEEDS["tables"]), TABLES, done, None)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and line[2] != "|"]
+    page = (folder / "README.md").read_text().splitlines()
+    assert len(rows) == 2 * len(TABLES) + 2 * (len(TABLES) - 1) and not [row for row in rows if row not in page]
 
 
 def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):
