@@ -333,9 +333,9 @@ def tune_decoder(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, help="a checkpoint's folder: keep its VAE, go on with its transformer")
-    parser.add_argument("--vae_steps", type=int, default=5000)
+    parser.add_argument("--vae_steps", type=int, default=3500)
     parser.add_argument("--clips", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=25000, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=9000, help="of the transformer")
     parser.add_argument("--own_clips", type=int, default=384, help="that the decoder is tuned on")
     parser.add_argument("--decoder_steps", type=int, default=400, help="of that tuning; 0: none")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the transformer")
