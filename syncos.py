@@ -48,7 +48,7 @@ class Level(NamedTuple):
 
 
 def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alpha_cumprod: float = 1.0) -> list[Level]:
-    """The levels that DDIM walks, for models that predict v or eps.
+    """The levels that DDIM walks, for models that predict v or eps (the paper's preliminaries).
 
     alphas_cumprod: the scheduler's table, one entry a training timestep; timesteps: the walk, descending, as the
     scheduler lists it; final_alpha_cumprod: 1 ends clean (diffusers' `set_alpha_to_one=True`). Returns one level a step
@@ -82,7 +82,7 @@ def _check_descending(timesteps: Sequence[float]) -> None:
 
 
 def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Tensor:
-    """A model's output as the clean estimate x0. Tensors of one shape.
+    """A model's output as the clean estimate x0 (the paper's appendix). Tensors of one shape.
 
     prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero terminal SNR; there
     an eps-prediction says nothing about x0, so alpha = 0 raises ValueError.
@@ -110,7 +110,7 @@ def implied_noise(latents: Tensor, x0: Tensor, level: Level) -> Tensor:
 
 
 def make_windows(frames: int, size: int, stride: int) -> list[slice]:
-    """Windows of `size` frames, `stride` apart, that cover all `frames`; the last one is moved back to end there.
+    """Windows of `size` frames, `stride` apart: the paper's chunks. The last one is moved back to end at `frames`.
 
     Raises ValueError if a window does not fit or windows would leave gaps.
     """
