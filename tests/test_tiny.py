@@ -294,12 +294,63 @@ def test_the_tables_on_the_page_are_of_the_results_beside_it(capsys):
 
 def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):
     command = [sys.executable, ROOT / "tiny" / "train.py", "--clips", "8", "--work", tmp_path / "work"]
-    command += ["--output", tmp_path / "checkpoint", "--steps", "2", "--decoder_steps", "0", "--vae_steps"]
+    command += ["--output", tmp_path / "checkpoint", "--steps", "2", "--own_clips", "0", "--vae_steps"]
     for steps in (1, 2):
         subprocess.run([*command, str(steps)], check=True, capture_output=True)
         assert torch.load(tmp_path / "work" / "vae.pt", weights_only=True)["step"] == steps
     pipe = CogVideoXPipeline.from_pretrained(tmp_path / "checkpoint")
     assert pipe.vae.config.scaling_factor != 1.0 and pipe.transformer.config.sample_frames == 49
+
+
+def own_clips(n: int) -> tuple[torch.Tensor, ...]:
+    """As `train.own_clips` has them, of noise."""
+    generator = rng()
+    latents, clean = torch.randn(2, n, 13, 8, 8, 8, generator=generator)
+    stories = W.sample_stories(n, generator)
+    return latents, clean, stories, W.sample_motion(stories, generator), torch.ones(n, 13, 1, 8, 8)
+
+
+def test_training_aims_at_the_schedulers_v():
+    """And where the clip is not the one to be seen, at the v that leads to that one."""
+    import train
+
+    class Zero:
+        device = torch.device("cpu")
+
+        def __call__(self, x, *args, **kwargs):
+            self.noised = x
+            return (torch.zeros_like(x),)
+
+    scheduler, transformer, t = train.make_scheduler(), Zero(), torch.tensor([3, 400, 998])
+    x, other, stories, _, _ = own_clips(3)
+    models = transformer, lambda ids: [None], train.make_tokenizer(), scheduler
+    error, sigma = train.error_of_v(models, x, x, stories, t, rng())
+    alpha = scheduler.alphas_cumprod[t].float().sqrt().view(sigma.shape)
+    noise = (transformer.noised - alpha * x) / sigma
+    torch.testing.assert_close(-error, scheduler.get_velocity(x, noise, t), atol=1e-4, rtol=1e-4)
+    error, sigma = train.error_of_v(models, x, other, stories, t, rng())
+    torch.testing.assert_close(alpha * transformer.noised + sigma * error, other, atol=1e-5, rtol=1e-5)
+
+
+def test_the_transformer_learns_to_mend_its_own_clips(tmp_path):
+    import train
+
+    torch.manual_seed(0)
+    x, _, stories, motions, masks = own_clips(1)
+    own = torch.ones_like(x), torch.zeros_like(x), stories, motions, masks
+    config = dict(train.make_transformer().config, num_layers=1, num_attention_heads=2)
+    transformer = type(train.make_transformer()).from_config(config)
+    models = transformer, train.make_text_encoder().eval(), train.make_tokenizer(), train.make_scheduler()
+
+    @torch.no_grad()
+    def error():
+        error, sigma = train.error_of_v(models, *own[:3], torch.tensor([300]), rng())
+        return (sigma * error).square().mean().item()
+
+    before = error()
+    train.tune_transformer(models, (-own[0], stories, masks), own, 30, 0.02, tmp_path)
+    assert error() < 0.5 * before
+    assert torch.load(tmp_path / "mending.pt", weights_only=True)["step"] == 30
 
 
 def test_the_decoder_alone_is_tuned(tmp_path):
@@ -308,10 +359,7 @@ def test_the_decoder_alone_is_tuned(tmp_path):
 
     vae = train.make_vae().eval().requires_grad_(False)
     before = {k: v.clone() for k, v in vae.state_dict().items()}
-    generator = rng()
-    stories = W.sample_stories(2, generator)
-    own = torch.randn(2, 13, 8, 8, 8, generator=generator), stories, W.sample_motion(stories, generator)
-    train.tune_decoder(vae, own, 2, tmp_path, "cpu")
+    train.tune_decoder(vae, own_clips(2), 2, tmp_path)
     changed = {k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all(k.startswith("decoder.") for k in changed)
     assert torch.load(tmp_path / "decoder.pt", weights_only=True)["step"] == 2

@@ -1,5 +1,5 @@
-"""Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> the decoder
-once more, on what the transformer makes -> checkpoint.
+"""Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> transformer
+and decoder once more, on clips of their own making -> checkpoint.
 
     python tiny/train.py                # everything; stop it at any time, the same command goes on where it was
     python tiny/train.py --init tiny/checkpoint --lr 1e-3 --steps 2500 --work tiny/work/more    # without the VAE
@@ -111,6 +111,13 @@ def draw(stories: torch.Tensor, motion: torch.Tensor) -> tuple[torch.Tensor, tor
     return video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
 
 
+def to_cells(mask: torch.Tensor) -> torch.Tensor:
+    """Where the object is (n, 1, T, SIZE, SIZE) -> the share of video frames in which it reaches into a latent cell
+    (n, F, 1, 8, 8)."""
+    mask = F.max_pool3d(mask, (1, 8, 8))
+    return torch.cat([mask[:, :, :1], F.avg_pool3d(mask[:, :, 1:], (4, 1, 1))], 2).transpose(1, 2)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by five Newton-Schulz iterations: torch.optim.Muon in float32, for processors on which
     its bfloat16 is slow."""
@@ -151,7 +158,7 @@ def fit(
 
     Leaves the running average of the weights in the modules. Saved every two minutes, resumed from its own file.
     """
-    params = [p for m in modules for p in m.parameters()]
+    params = [p.requires_grad_(True) for m in modules for p in m.parameters()]
     blocks = [m.transformer_blocks for m in modules if hasattr(m, "transformer_blocks")]
     matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
     others = [p for p in params if not any(p is q for q in matrices)]
@@ -218,21 +225,23 @@ def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) 
     fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
 
 
-def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path, device: str) -> tuple[torch.Tensor, ...]:
-    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, their stories (n, 4), and the share of video frames
-    in which the object reaches into a latent cell (n, 13, 1, 8, 8); kept in a file."""
+@torch.no_grad()
+def encode(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> torch.Tensor:
+    """Video (n, 3, 49, SIZE, SIZE) in [-1, 1] -> latents (n, 13, 8, 8, 8), not scaled, on the CPU."""
+    with mixed_precision(vae.device.type):
+        return vae.encode(video.to(vae.device)).latent_dist.mode().transpose(1, 2).float().cpu()
+
+
+def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path) -> tuple[torch.Tensor, ...]:
+    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, their stories (n, 4), and where the object is (see
+    `to_cells`); kept in a file."""
     path = work / "latents.pt"
     if not path.exists():
         latents, stories, masks = [], [], []
         for seed in tqdm(range(n // 8), desc="latents", mininterval=10):
             story, video, mask = clips(8, FRAMES, seed=10**6 + seed)
-            with torch.no_grad(), mixed_precision(device):
-                latents.append(vae.encode(video.to(device)).latent_dist.mode().float().cpu())
-            mask = F.max_pool3d(mask, (1, 8, 8))  # n 1 49 8 8
-            masks.append(torch.cat([mask[:, :, :1], F.avg_pool3d(mask[:, :, 1:], (4, 1, 1))], 2))  # n 1 13 8 8
-            stories.append(story)
-        latents, masks = (torch.cat(x).transpose(1, 2).half() for x in (latents, masks))
-        torch.save({"latents": latents, "stories": torch.cat(stories), "masks": masks}, path)
+            latents.append(encode(vae, video).half()), stories.append(story), masks.append(to_cells(mask).half())
+        torch.save({"latents": torch.cat(latents), "stories": torch.cat(stories), "masks": torch.cat(masks)}, path)
     state = torch.load(path, weights_only=True)
     latents = state["latents"].float()
     if vae.config.scaling_factor == 1.0:  # not measured yet
@@ -240,53 +249,59 @@ def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path, device: str) -
     return latents * vae.config.scaling_factor, state["stories"], state["masks"].float()
 
 
+def error_of_v(
+    models: tuple, x: torch.Tensor, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (n, F, 8, 8, 8) with noise of timesteps t (n): how far the predicted v is from the one that leads to x0, and
+    sigma (n, 1, 1, 1, 1).
+
+    Captions leave out the colour (30 %), the place (30 %), all of the subject (10 %) or everything (10 %: guidance).
+    """
+    transformer, text_encoder, tokenizer, scheduler = models
+    n, device = len(x), transformer.device
+    kept = torch.rand(n, 4, generator=generator) > torch.tensor([0.3, 0.3, 0.1, 0.1])
+    words = [caption(story, c, b, s) if k else "" for story, (c, b, s, k) in zip(stories, kept.tolist())]
+    ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    level = scheduler.alphas_cumprod[t].float().view(n, 1, 1, 1, 1)
+    alpha, sigma = level.sqrt(), (1 - level).sqrt()
+    x = alpha * x + sigma * torch.randn(x.shape, generator=generator)
+    x, target, sigma, ids, t = (y.to(device) for y in (x, (alpha * x - x0) / sigma, sigma, ids, t))
+    with mixed_precision(device.type):
+        v = transformer(x, text_encoder(ids)[0], t, return_dict=False)[0].float()
+    return v - target, sigma
+
+
 def train_transformer(
-    transformer: CogVideoXTransformer3DModel,
-    text_encoder: T5EncoderModel,
-    tokenizer: PreTrainedTokenizerFast,
-    scheduler: CogVideoXDDIMScheduler,
-    data: tuple[torch.Tensor, ...],
-    steps: int,
-    lr: float,
-    last: bool,
-    work: Path,
-    device: str,
+    models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: float, last: bool, work: Path
 ) -> None:
-    """v-prediction; captions leave out the colour (30 %), the place (30 %), all of the subject (10 %) or everything
-    (10 %, for guidance). Where the object is, an error weighs five times as much: most of a clip is background.
+    """v-prediction. Where the object is, an error weighs five times as much: most of a clip is background.
 
     Many first frames first, then short clips, then whole ones: among few video tokens the model finds out within
     minutes what the words mean, among 208 of them it takes hours. The last third sees more of the low noise, for there
     the outlines are drawn. `last`: all is last third, for a model that knows the words.
     """
     latents, stories, masks = data
-    alphas = scheduler.alphas_cumprod.float().sqrt().to(device)
-    sigmas = (1 - scheduler.alphas_cumprod.float()).sqrt().to(device)
 
     def loss_at(step):
         done = step / steps
         frames, n = (13, BATCH) if last or done > 0.24 else (3, 3 * BATCH) if done > 0.12 else (1, 8 * BATCH)
         generator = torch.Generator().manual_seed(step)
         pick = torch.multinomial(1.0 + (stories[:, 3] == 2), n, replacement=True, generator=generator)  # jumps: twice
-        kept = torch.rand(n, 4, generator=generator) > torch.tensor([0.3, 0.3, 0.1, 0.1])
-        words = [caption(stories[i], c, b, s) if k else "" for i, (c, b, s, k) in zip(pick, kept.tolist())]
-        ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-        t = (1000 * torch.rand(n, generator=generator) ** (2 if last or done > 0.67 else 1)).long().to(device)
-        x0, weight = latents[pick, :frames].to(device), 1 + 4 * masks[pick, :frames].to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        a, s = alphas[t].view(n, 1, 1, 1, 1), sigmas[t].view(n, 1, 1, 1, 1)
-        with mixed_precision(device):
-            text = text_encoder(ids.to(device))[0]
-            v = transformer(a * x0 + s * noise, text, t, return_dict=False)[0].float()
-        return (weight * (v - (a * noise - s * x0)) ** 2).mean() / weight.mean()
+        t = (1000 * torch.rand(n, generator=generator) ** (2 if last or done > 0.67 else 1)).long()
+        x0 = latents[pick, :frames]
+        error, _ = error_of_v(models, x0, x0, stories[pick], t, generator)
+        weight = 1 + 4 * masks[pick, :frames].to(error.device)
+        return (weight * error**2).mean() / weight.mean()
 
-    fit("transformer", [transformer, text_encoder], loss_at, steps, lr, work, ema=0.998)
+    fit("transformer", list(models[:2]), loss_at, steps, lr, work, ema=0.998)
 
 
 @torch.no_grad()
 def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor, ...]:
-    """About n clips as the transformer makes them: latents (m, 13, 8, 8, 8), and the stories (m, 4) and motions
-    (m, 49, 3) that fit them best. Clips that show another shape, colour or place than told stay out. Kept in a file."""
+    """About n clips as the transformer makes them: latents (m, 13, 8, 8, 8), and of the clean clips that fit them best
+    the latents, the stories (m, 4), the motions (m, 49, 3) and where the object is (see `to_cells`).
+
+    Clips that show another shape, colour or place than told stay out. Kept in a file."""
     path, fitter = work / "own.pt", Fitter()
     kept = torch.load(path, weights_only=True) if path.exists() else []  # of each eight, the clips that are right
     pipe.set_progress_bar_config(disable=True)
@@ -294,24 +309,50 @@ def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor
         generator = torch.Generator().manual_seed(2 * 10**6 + seed)
         told = sample_stories(8, generator)
         options = dict(max_sequence_length=TOKENS, guidance_scale=4.0, num_inference_steps=25, generator=generator)
-        made, kept = pipe([caption(story) for story in told], output_type="latent", **options).frames, [*kept, []]
-        for x, asked in zip(made, told):
-            video = pipe.decode_latents(x[None])[0].transpose(0, 1).cpu() / 2 + 0.5  # T 3 H W
+        with mixed_precision(pipe.device.type):
+            made = pipe([caption(story) for story in told], output_type="latent", **options).frames
+            videos = pipe.decode_latents(made).transpose(1, 2).float().cpu() / 2 + 0.5  # n T 3 H W
+        kept.append([])
+        for x, video, asked in zip(made.float().cpu(), videos, told):
             story, motion = fitter(video)
             if list(story[:3]) == asked[:3].tolist():
-                kept[-1].append((x.cpu(), asked, fitter.refine(video, story, motion)))
+                motion = fitter.refine(video, story, motion)
+                clean, mask = draw(asked[None], motion[None])
+                clean = pipe.vae.config.scaling_factor * encode(pipe.vae, clean)[0]
+                kept[-1].append((x.clone(), clean, asked.clone(), motion, to_cells(mask)[0]))
         torch.save(kept, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
+    if not any(kept):
+        raise SystemExit("No clip of the transformer's own shows what it was told: more --steps, or --own_clips 0")
     return tuple(map(torch.stack, zip(*sum(kept, []))))
 
 
-def tune_decoder(
-    vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path, device: str
+def tune_transformer(
+    models: tuple, data: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...], steps: int, lr: float, work: Path
 ) -> None:
+    """At low noise the transformer learns to see in its own clips the clean ones that fit them best, and so to mend
+    what it drew wrong at more noise. Every second clip is the world's as before."""
+    latents, stories, masks = data
+    own_latents, clean, own_stories, _, own_masks = own
+
+    def loss_at(step):
+        generator = torch.Generator().manual_seed(4 * 10**6 + step)
+        pick, mine = (torch.randint(len(x), (BATCH // 2,), generator=generator) for x in (latents, own_latents))
+        u = torch.rand(BATCH, generator=generator)
+        t = torch.cat([1000 * u[: BATCH // 2] ** 2, 500 * u[BATCH // 2 :]]).long()
+        x, x0 = torch.cat([latents[pick], own_latents[mine]]), torch.cat([latents[pick], clean[mine]])
+        error, sigma = error_of_v(models, x, x0, torch.cat([stories[pick], own_stories[mine]]), t, generator)
+        error[BATCH // 2 :] *= sigma[BATCH // 2 :]  # an error of x0: v's would grow without end where there is no noise
+        weight = 1 + 4 * torch.cat([masks[pick], own_masks[mine]]).to(error.device)
+        return (weight * error**2).mean() / weight.mean()
+
+    fit("mending", list(models[:2]), loss_at, steps, lr, work, ema=0.995)
+
+
+def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path) -> None:
     """The decoder learns what the transformer's latents mean, which are not quite the encoder's: it shall draw the
     clean picture that fits them best. Every second clip is the world's as before, so it stays the encoder's inverse."""
-    latents, stories, motions = own
-    vae.decoder.requires_grad_(True)
+    (latents, _, stories, motions, _), device = own, vae.device
 
     def loss_at(step):
         frames = (17, 25)[step % 2]
@@ -319,15 +360,15 @@ def tune_decoder(
         pick = torch.randint(len(latents), (1,), generator=generator)
         _, video, mask = clips(1, frames, seed=3 * 10**6 + step)
         pair = (torch.cat(x).to(device) for x in zip((video, mask), draw(stories[pick], motions[pick, :frames])))
-        with torch.no_grad(), mixed_precision(device):
+        with torch.no_grad(), mixed_precision(device.type):
             world = vae.encode(video.to(device)).latent_dist.sample().float()
         mine = latents[pick, : (frames - 1) // 4 + 1].to(device).transpose(1, 2) / vae.config.scaling_factor
         target, mask = pair
-        with mixed_precision(device):
+        with mixed_precision(device.type):
             decoded = vae.decode(torch.cat([world, mine])).sample.float()
         return weighed(decoded - target, mask)
 
-    fit("decoder", [vae.decoder], loss_at, steps, 1e-3, work, ema=0.99)
+    fit("decoder", [vae.decoder], loss_at, steps, 1e-3, work, ema=0.995)
 
 
 def main() -> None:
@@ -336,8 +377,9 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=3500)
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=9000, help="of the transformer")
-    parser.add_argument("--own_clips", type=int, default=384, help="that the decoder is tuned on")
-    parser.add_argument("--decoder_steps", type=int, default=400, help="of that tuning; 0: none")
+    parser.add_argument("--own_clips", type=int, default=1024, help="that both are tuned on; 0: no tuning")
+    parser.add_argument("--own_steps", type=int, default=2000, help="of the transformer's tuning")
+    parser.add_argument("--decoder_steps", type=int, default=2000, help="of the decoder's")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the transformer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=HERE / "work")
@@ -356,12 +398,14 @@ def main() -> None:
     vae, transformer, text_encoder = (m.to(args.device) for m in (vae, transformer, text_encoder))
     if not args.init:
         train_vae(vae, args.vae_steps, args.work, args.device)
-    data = encode_clips(vae, args.clips, args.work, args.device)
+    data = encode_clips(vae, args.clips, args.work)
     models = transformer, text_encoder, tokenizer, scheduler
-    train_transformer(*models, data, args.steps, args.lr, bool(args.init), args.work, args.device)
+    train_transformer(models, data, args.steps, args.lr, bool(args.init), args.work)
     pipe = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
-    if args.decoder_steps:
-        tune_decoder(vae, own_clips(pipe, args.own_clips, args.work), args.decoder_steps, args.work, args.device)
+    if args.own_clips:
+        own = own_clips(pipe, args.own_clips, args.work)
+        tune_transformer(models, data, own, args.own_steps, args.lr, args.work)
+        tune_decoder(vae, own, args.decoder_steps, args.work)
     vae.half(), transformer.half()  # on disk; diffusers loads them as float32 unless told otherwise
     pipe.save_pretrained(args.output)
 
