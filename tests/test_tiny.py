@@ -302,6 +302,17 @@ def test_training_goes_on_where_it_stopped_and_writes_a_pipeline(tmp_path):
     assert pipe.vae.config.scaling_factor != 1.0 and pipe.transformer.config.sample_frames == 49
 
 
+def test_training_goes_on_from_a_checkpoint_and_ends_with_clips_of_its_own(tmp_path):
+    command = [sys.executable, ROOT / "tiny" / "train.py", "--init", CHECKPOINT, "--clips", "8", "--steps", "1"]
+    command += ["--own_clips", "8", "--own_steps", "2", "--decoder_steps", "1"]
+    subprocess.run([*command, "--work", tmp_path, "--output", tmp_path / "checkpoint"], check=True, capture_output=True)
+    own = sum(torch.load(tmp_path / "own.pt", weights_only=True), [])
+    assert len(own) == 8  # all are right
+    for latents, clean, *_ in own:  # and their fits' latents are near: the scale is the same
+        assert (latents - clean).square().mean() < 0.05 * clean.square().mean()
+    assert torch.load(tmp_path / "decoder.pt", weights_only=True)["step"] == 1
+
+
 def own_clips(n: int) -> tuple[torch.Tensor, ...]:
     """As `train.own_clips` has them, of noise."""
     generator = rng()
@@ -348,9 +359,9 @@ def test_the_transformer_learns_to_mend_its_own_clips(tmp_path):
         return (sigma * error).square().mean().item()
 
     before = error()
-    train.tune_transformer(models, (-own[0], stories, masks), own, 30, 0.02, tmp_path)
+    train.tune_transformer(models, (-own[0], stories, masks), own, 150, tmp_path)
     assert error() < 0.5 * before
-    assert torch.load(tmp_path / "mending.pt", weights_only=True)["step"] == 30
+    assert torch.load(tmp_path / "mending.pt", weights_only=True)["step"] == 150
 
 
 def test_the_decoder_alone_is_tuned(tmp_path):

@@ -139,10 +139,10 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x.T if tall else x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
-def mixed_precision(device: str) -> torch.autocast:
+def mixed_precision(device: torch.device) -> torch.autocast:
     """bfloat16 where it is fast."""
-    fast = device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device, torch.bfloat16, enabled=fast)
+    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def fit(
@@ -206,7 +206,7 @@ def weighed(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return ((1 + 10 * mask) * (error.abs() + error**2)).mean()
 
 
-def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) -> None:
+def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path) -> None:
     """Single frames first, then clips of 9 and 17 frames (one and two of the VAE's own pieces).
 
     The object's pixels weigh more, for they are few. The KL term grows until the latents' noise is about 0.15 of their
@@ -215,8 +215,8 @@ def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) 
 
     def loss_at(step):
         frames, n = (1, 24) if step < 0.2 * steps else (9, 4) if step < 0.6 * steps else (17, 2)
-        _, video, mask = (x.to(device) for x in clips(n, frames, seed=step))
-        with mixed_precision(device):
+        _, video, mask = (x.to(vae.device) for x in clips(n, frames, seed=step))
+        with mixed_precision(vae.device):
             posterior = vae.encode(video).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         kl = posterior.kl().sum() / posterior.mean.numel()
@@ -228,7 +228,7 @@ def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path, device: str) 
 @torch.no_grad()
 def encode(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> torch.Tensor:
     """Video (n, 3, 49, SIZE, SIZE) in [-1, 1] -> latents (n, 13, 8, 8, 8), not scaled, on the CPU."""
-    with mixed_precision(vae.device.type):
+    with mixed_precision(vae.device):
         return vae.encode(video.to(vae.device)).latent_dist.mode().transpose(1, 2).float().cpu()
 
 
@@ -253,7 +253,7 @@ def error_of_v(
     models: tuple, x: torch.Tensor, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (n, F, 8, 8, 8) with noise of timesteps t (n): how far the predicted v is from the one that leads to x0, and
-    sigma (n, 1, 1, 1, 1).
+    sigma (n, 1, 1, 1, 1). models: transformer, text encoder, tokenizer, scheduler.
 
     Captions leave out the colour (30 %), the place (30 %), all of the subject (10 %) or everything (10 %: guidance).
     """
@@ -266,7 +266,7 @@ def error_of_v(
     alpha, sigma = level.sqrt(), (1 - level).sqrt()
     x = alpha * x + sigma * torch.randn(x.shape, generator=generator)
     x, target, sigma, ids, t = (y.to(device) for y in (x, (alpha * x - x0) / sigma, sigma, ids, t))
-    with mixed_precision(device.type):
+    with mixed_precision(device):
         v = transformer(x, text_encoder(ids)[0], t, return_dict=False)[0].float()
     return v - target, sigma
 
@@ -309,7 +309,7 @@ def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor
         generator = torch.Generator().manual_seed(2 * 10**6 + seed)
         told = sample_stories(8, generator)
         options = dict(max_sequence_length=TOKENS, guidance_scale=4.0, num_inference_steps=25, generator=generator)
-        with mixed_precision(pipe.device.type):
+        with mixed_precision(pipe.device):
             made = pipe([caption(story) for story in told], output_type="latent", **options).frames
             videos = pipe.decode_latents(made).transpose(1, 2).float().cpu() / 2 + 0.5  # n T 3 H W
         kept.append([])
@@ -328,7 +328,7 @@ def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor
 
 
 def tune_transformer(
-    models: tuple, data: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...], steps: int, lr: float, work: Path
+    models: tuple, data: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...], steps: int, work: Path
 ) -> None:
     """At low noise the transformer learns to see in its own clips the clean ones that fit them best, and so to mend
     what it drew wrong at more noise. Every second clip is the world's as before."""
@@ -346,7 +346,7 @@ def tune_transformer(
         weight = 1 + 4 * torch.cat([masks[pick], own_masks[mine]]).to(error.device)
         return (weight * error**2).mean() / weight.mean()
 
-    fit("mending", list(models[:2]), loss_at, steps, lr, work, ema=0.995)
+    fit("mending", list(models[:2]), loss_at, steps, 1e-3, work, ema=0.995)
 
 
 def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path) -> None:
@@ -360,11 +360,11 @@ def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], ste
         pick = torch.randint(len(latents), (1,), generator=generator)
         _, video, mask = clips(1, frames, seed=3 * 10**6 + step)
         pair = (torch.cat(x).to(device) for x in zip((video, mask), draw(stories[pick], motions[pick, :frames])))
-        with torch.no_grad(), mixed_precision(device.type):
+        with torch.no_grad(), mixed_precision(device):
             world = vae.encode(video.to(device)).latent_dist.sample().float()
         mine = latents[pick, : (frames - 1) // 4 + 1].to(device).transpose(1, 2) / vae.config.scaling_factor
         target, mask = pair
-        with mixed_precision(device.type):
+        with mixed_precision(device):
             decoded = vae.decode(torch.cat([world, mine])).sample.float()
         return weighed(decoded - target, mask)
 
@@ -397,14 +397,14 @@ def main() -> None:
         vae, transformer, text_encoder = make_vae(), make_transformer(), make_text_encoder()
     vae, transformer, text_encoder = (m.to(args.device) for m in (vae, transformer, text_encoder))
     if not args.init:
-        train_vae(vae, args.vae_steps, args.work, args.device)
+        train_vae(vae, args.vae_steps, args.work)
     data = encode_clips(vae, args.clips, args.work)
     models = transformer, text_encoder, tokenizer, scheduler
     train_transformer(models, data, args.steps, args.lr, bool(args.init), args.work)
     pipe = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
     if args.own_clips:
         own = own_clips(pipe, args.own_clips, args.work)
-        tune_transformer(models, data, own, args.own_steps, args.lr, args.work)
+        tune_transformer(models, data, own, args.own_steps, args.work)
         tune_decoder(vae, own, args.decoder_steps, args.work)
     vae.half(), transformer.half()  # on disk; diffusers loads them as float32 unless told otherwise
     pipe.save_pretrained(args.output)
