@@ -340,7 +340,7 @@ ABLATIONS = {  # and each ablation of Tables 2 and 3 and Figures 7 and 9
 
 
 def refine_levels(step: int, levels: Sequence[Level], settings: Settings) -> Sequence[Level]:
-    """The levels that stage 2 may use at a step: its own one (grounded) or all; none when the stage does not run."""
+    """The levels that stage 2 may use at a step: its own (grounded, Fig. 7) or all; none when it does not run."""
     if not settings.refine or levels[step].t <= settings.t_min:
         return []
     return levels[step : step + 1] if settings.grounded else levels[:-1]

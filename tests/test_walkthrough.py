@@ -20,6 +20,7 @@ def test_committed_with_the_outputs_of_a_full_run():
     assert len(pictures) >= 9 and not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert any("of 25:" in output.get("text", "") for output in outputs)  # the steps of the full run
+    assert not any(cell.metadata for cell in notebook.cells)  # no times of execution
     assert PATH.stat().st_size < 2e6
 
 

@@ -271,14 +271,20 @@ def error_of_v(
     return v - target, sigma
 
 
+def weighed_square(error: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """The mean square; where the object is an error weighs five times as much: most of a clip is background."""
+    weight = 1 + 4 * cells.to(error.device)
+    return (weight * error**2).mean() / weight.mean()
+
+
 def train_transformer(
     models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: float, last: bool, work: Path
 ) -> None:
-    """v-prediction. Where the object is, an error weighs five times as much: most of a clip is background.
+    """v-prediction: many first frames first, then short clips, then whole ones.
 
-    Many first frames first, then short clips, then whole ones: among few video tokens the model finds out within
-    minutes what the words mean, among 208 of them it takes hours. The last third sees more of the low noise, for there
-    the outlines are drawn. `last`: all is last third, for a model that knows the words.
+    Among few video tokens the model finds out within minutes what the words mean, among 208 of them it takes hours. The
+    last third sees more of the low noise, for there the outlines are drawn. `last`: all is last third, for a model that
+    knows the words.
     """
     latents, stories, masks = data
 
@@ -290,8 +296,7 @@ def train_transformer(
         t = (1000 * torch.rand(n, generator=generator) ** (2 if last or done > 0.67 else 1)).long()
         x0 = latents[pick, :frames]
         error, _ = error_of_v(models, x0, x0, stories[pick], t, generator)
-        weight = 1 + 4 * masks[pick, :frames].to(error.device)
-        return (weight * error**2).mean() / weight.mean()
+        return weighed_square(error, masks[pick, :frames])
 
     fit("transformer", list(models[:2]), loss_at, steps, lr, work, ema=0.998)
 
@@ -343,8 +348,7 @@ def tune_transformer(
         x, x0 = torch.cat([latents[pick], own_latents[mine]]), torch.cat([latents[pick], clean[mine]])
         error, sigma = error_of_v(models, x, x0, torch.cat([stories[pick], own_stories[mine]]), t, generator)
         error[BATCH // 2 :] *= sigma[BATCH // 2 :]  # an error of x0: v's would grow without end where there is no noise
-        weight = 1 + 4 * torch.cat([masks[pick], own_masks[mine]]).to(error.device)
-        return (weight * error**2).mean() / weight.mean()
+        return weighed_square(error, torch.cat([masks[pick], own_masks[mine]]))
 
     fit("mending", list(models[:2]), loss_at, steps, 1e-3, work, ema=0.995)
 
