@@ -1,18 +1,17 @@
 """SynCoS: Tuning-Free Multi-Event Long Video Generation via Synchronized Coupled Sampling (arXiv 2503.08605).
 
-A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with it, several events in
-turn, one subject and scene throughout, without training. Every denoising step couples three stages:
+A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with it, without training:
+several events in turn, one subject and one scene throughout. Every denoising step couples three stages:
 
-    1. temporal_codenoise   local:   predict every window on its own, average where windows overlap   (DDIM)
-    2. csd_refine           global:  pull the windows towards one coherent video                      (CSD)
-    3. revert                        noise the result to the previous timestep, and go on
+    1. temporal_codenoise   local:   predict each window on its own, average where windows overlap   (DDIM)
+    2. csd_refine           global:  pull all windows towards one coherent video                     (CSD)
+    3. revert                        noise the result to the previous timestep
 
 The model enters only through a function:
 
     predict_x0(latents, t, prompts) -> x0
         latents   B x f x C x H x W, float32: noisy windows, all at timestep t
-        t         the timestep as the model's scheduler counts it (999 = noise for most); or a tensor B x f of them, one
-                  a frame (`fifo` needs that, nothing here does)
+        t         the timestep as the model's scheduler counts it (999 is noise for most)
         prompts   list of B strings
         x0        B x f x C x H x W, float32: the clean estimates, guidance already applied
 
@@ -20,9 +19,11 @@ Any callable will do; it is never differentiated. This file needs torch and noth
 
 Words that clash:
     alpha, sigma   x_t = alpha x0 + sigma eps. The DDIM paper's alpha is our alpha squared (alpha-bar, alphas_cumprod)
-    step           index into the schedule, 0, 1, 2, ...; timestep t: what the model is told, 999, 979, ...
+    step           index into the noise schedule, 0, 1, 2, ...; timestep t: what the model is told, 999, 979, ...
     stage          one of the three above; every step has all three
     window         f consecutive latent frames (the paper's "chunk"); frame: always a latent frame in this file
+
+[ours] marks a choice that the paper leaves open.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,30 +33,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PredictX0 = Callable[[Tensor, float | Tensor, list[str]], Tensor]
+PredictX0 = Callable[[Tensor, float, list[str]], Tensor]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The noise schedule: two numbers a timestep
+# The noise schedule: two numbers per timestep
 
 
 class Level(NamedTuple):
-    """One noise level: x_t = alpha x0 + sigma eps. Or one of each frame, in tensors (see fifo.py)."""
+    """One noise level: x_t = alpha x0 + sigma eps."""
 
-    t: float  # the timestep the model is told; -1 for the final level
+    t: float  # the timestep that the model is told; -1 for the final level
     alpha: float  # 0 at zero terminal SNR
     sigma: float  # 0 when clean
 
 
 def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alpha_cumprod: float = 1.0) -> list[Level]:
-    """The levels that DDIM walks, for models that predict v or eps (the paper's preliminaries).
+    """Noise levels of DDIM sampling, for models that predict v or eps (the paper's preliminaries).
 
-    alphas_cumprod: the scheduler's table, one entry a training timestep; timesteps: the walk, descending, as the
-    scheduler lists it; final_alpha_cumprod: 1 ends clean (diffusers' `set_alpha_to_one=True`). Returns one level a step
-    and the final one, t = -1, which no model sees. Raises ValueError if the timesteps do not descend.
+    alphas_cumprod: the scheduler's table, one entry per training timestep; timesteps: one per step, descending,
+    as the scheduler lists them; final_alpha_cumprod: 1 ends clean (diffusers' `set_alpha_to_one=True`). Returns one
+    level per step and the final one, t = -1, which no model sees. Raises ValueError if the timesteps do not descend.
 
-    Walking the list is right for every spacing; a computed "previous timestep" `t - 1000 // steps` is wrong where the
-    number of steps does not divide 1000.
+    The list's own neighbours are right for every spacing; a computed "previous timestep" `t - 1000 // steps` is wrong
+    where the number of steps does not divide 1000.
     """
     _check_descending(timesteps)
     abar = [float(alphas_cumprod[t]) for t in timesteps] + [final_alpha_cumprod]
@@ -63,10 +64,10 @@ def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alp
 
 
 def flow_levels(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Level]:
-    """The levels that a rectified flow walks: alpha = 1 - sigma (the paper's appendix).
+    """Noise levels of a rectified flow: alpha = 1 - sigma (the paper's appendix).
 
-    sigmas: one a step and the final 0, as diffusers' flow schedulers list them; timesteps: one a step, descending.
-    Returns one level a step and the final one. Raises ValueError if they do not fit together.
+    sigmas: one per step and the final 0, as diffusers' flow schedulers list them; timesteps: one per step, descending.
+    Returns one level per step and the final one. Raises ValueError if the two lists do not fit together.
     """
     _check_descending(timesteps)
     if len(sigmas) != len(timesteps) + 1:
@@ -82,10 +83,10 @@ def _check_descending(timesteps: Sequence[float]) -> None:
 
 
 def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Tensor:
-    """A model's output as the clean estimate x0 (the paper's appendix). Tensors of one shape.
+    """The clean estimate x0 from a model's output (the paper's appendix). Tensors of one shape.
 
-    prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero terminal SNR; there
-    an eps-prediction says nothing about x0, so alpha = 0 raises ValueError.
+    prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero terminal SNR. An
+    eps-prediction says nothing about x0 there, so alpha = 0 raises ValueError.
     """
     if prediction == "v_prediction":
         return level.alpha * latents - level.sigma * output
@@ -93,10 +94,8 @@ def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Ten
         return latents - level.sigma * output
     if prediction != "epsilon":
         raise ValueError(f'Prediction must be "v_prediction", "epsilon" or "flow", got "{prediction}".')
-    if torch.as_tensor(level.alpha == 0).any():
-        raise ValueError(
-            f"An eps-prediction has no x0 at zero SNR (t = {level.t}); start the walk at a lower timestep."
-        )
+    if level.alpha == 0:
+        raise ValueError(f"An eps-prediction has no x0 at zero SNR (t = {level.t}); start at a lower timestep.")
     return (latents - level.sigma * output) / level.alpha
 
 
@@ -112,7 +111,7 @@ def implied_noise(latents: Tensor, x0: Tensor, level: Level) -> Tensor:
 def make_windows(frames: int, size: int, stride: int) -> list[slice]:
     """Windows of `size` frames, `stride` apart: the paper's chunks. The last one is moved back to end at `frames`.
 
-    Raises ValueError if a window does not fit or windows would leave gaps.
+    Raises ValueError if a window does not fit or if windows would leave gaps.
     """
     if size < 1 or size > frames:
         raise ValueError(f"A window of {size} latent frames does not fit into {frames}; make the video longer.")
@@ -122,27 +121,16 @@ def make_windows(frames: int, size: int, stride: int) -> list[slice]:
     return [slice(s, s + size) for s in starts]
 
 
-def first_frames(windows: Sequence[slice]) -> list[int]:
-    """How many frames at the start of each window are of another kind, and in another window too: 1 or 0. [ours]
-
-    Causal video VAEs encode one video frame in the first latent frame of a clip and several in every other. Each window
-    is a clip to the model, so the first frame that it predicts is of the one-frame kind, which in the long video only
-    the very first is, and is averaged with its neighbours'. A frame where no other window lies must count.
-    """
-    return [int(any(v.start < w.start < v.stop for v in windows)) for w in windows]
-
-
-def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int, skip: Sequence[int] | None = None) -> Tensor:
+def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tensor:
     """Average windows where they overlap: sum of values / number of windows (Fig. 5). Zero where no window lies.
 
-    parts: f x C x H x W each, one a window; taken one by one, so they may be made on the way. skip: how many frames at
-    the start of each window stay out of the average; none by default, as in the paper. Returns F x C x H x W.
+    parts: one per window, f x C x H x W each, consumed one at a time. Returns F x C x H x W.
     """
     total, count = None, torch.zeros(frames)
-    for part, window, n in zip(parts, windows, skip or [0] * len(windows), strict=True):
+    for part, window in zip(parts, windows, strict=True):
         total = part.new_zeros(frames, *part.shape[1:]) if total is None else total
-        total[window][n:] += part[n:]
-        count[window][n:] += 1
+        total[window] += part
+        count[window] += 1
     return total / count.clamp(min=1).to(total).view(-1, *[1] * (total.ndim - 1))
 
 
@@ -158,13 +146,12 @@ def temporal_codenoise(
     windows: Sequence[slice],
     prompts: Sequence[str],
     batch: int = 8,
-    skip: Sequence[int] | None = None,
 ) -> Tensor:
     """Predict each window by its own prompt and fuse: x0 = fuse({predict_x0(x_t[window i], t, c_i)}) (stage 1, Fig. 5).
 
-    latents: x_t of the long video, F x C x H x W; prompts: one a window. Returns x0, F x C x H x W, float32. Neighbours
-    agree where they overlap; nothing ties distant windows together. Windows are cut out `batch` at a time, so that
-    memory does not grow with their number. skip: see `fuse`.
+    latents: x_t of the long video, F x C x H x W; prompts: one per window. Returns x0, F x C x H x W, float32.
+    Neighbours agree where they overlap; nothing ties distant windows together. Windows are cut out `batch` at a time,
+    so that memory does not grow with their number.
     """
 
     def predictions() -> Iterator[Tensor]:
@@ -172,7 +159,7 @@ def temporal_codenoise(
             noisy = torch.stack([latents[w] for w in windows[i : i + batch]])  # B f C H W
             yield from predict_x0(noisy, t, list(prompts[i : i + batch])).float()
 
-    return fuse(predictions(), windows, len(latents), skip)
+    return fuse(predictions(), windows, len(latents))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,14 +171,17 @@ def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
         k(X, Y) = exp(-|X - Y|^2 / h),   h = median |X_i - X_j|^2 / log(B + 1) over i != j
 
-    x: B x D. Returns K and M, B x B: sum_j d k(X_j, X_i) / d X_j = (M x)_i, the repulsion of window i.
+    x: B x D. Returns K and M, B x B each: sum_j d k(X_j, X_i) / d X_j = (M x)_i, the repulsion of window i.
 
     M = 2/h L with the graph Laplacian L = diag(K 1) - K: one matrix product, no B x B x D tensor of differences.
-    ours: the median leaves out the zeros on the diagonal, which make h = 0 for B = 2 in the CSD code. Where h is 0 all
-    the same (B = 1, or identical windows) equal windows have k = 1 and nothing repels: plain score distillation.
+    [ours] The median leaves out the zeros on the diagonal, which make h = 0 for B = 2 in the CSD code. If h is still 0
+    (B = 1, or identical windows), equal windows have k = 1 and nothing repels: plain score distillation.
+
+    In high dimension all distances between noised windows are nearly equal. At CogVideoX-2B's size K is 1 on the
+    diagonal and 1/(B + 1) elsewhere, to within 1 %, and the repulsion is at most a thousandth of the gradient.
     """
     B = len(x)
-    d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()  # B B, exact for near windows
+    d2 = torch.stack([(x - row).square().sum(1) for row in x])  # B B, exact for near windows too
     off_diagonal = d2[~torch.eye(B, dtype=torch.bool, device=x.device)]
     h = off_diagonal.median() / torch.tensor(B + 1.0).log() if B > 1 else d2[0, 0]  # B = 1: 0
     if h == 0:
@@ -208,13 +198,13 @@ def csd_gradient(x0: Tensor, noisy: Tensor, predicted: Tensor, level: Level) -> 
 
         g_i = w(t)/B sum_j [ k(X_j, X_i) (eps_hat_j - eps_j) - d k(X_j, X_i) / d X_j ],   X = alpha x0 + sigma eps
 
-    x0, noisy (X) and predicted (the model's estimates from X): B x f x C x H x W. Returns g of that shape; x0 - lr g is
-    the update. w(t) = sigma^2.
+    x0, noisy (X) and predicted (the model's estimates from X): B x f x C x H x W. Returns g in that shape; x0 - lr g is
+    the update. w(t) = sigma^2 (CSD); a constant factor has no effect under AdamW.
 
-    The sign of the kernel's gradient: printed versions add it; the authors' CSD code subtracts it, so that with zero
-    scores windows move apart, as SVGD wants. We follow the code.
-    The residual eps_hat - eps is alpha/sigma (x0 - predicted), exactly; as a difference of two noises it would lose
-    every digit at the high noise levels where this stage lives.
+    The sign of the kernel's gradient [ours]: printed versions add it, the authors' CSD code subtracts it, so that with
+    zero scores windows move apart, as SVGD wants. We follow the code.
+    The residual eps_hat - eps equals alpha/sigma (x0 - predicted). A difference of two noises would lose every digit at
+    the high noise levels where this stage lives.
     """
     B, w = len(x0), level.sigma**2 / len(x0)
     x0, X, predicted = (x.reshape(B, -1) for x in (x0, noisy, predicted))  # B D
@@ -235,29 +225,27 @@ def csd_refine(
     iters: int = 20,
     batch: int = 4,
     lr: float = 0.5,
-    weight_decay: float = 0.01,
-    skip: Sequence[int] | None = None,
 ) -> Tensor:
     """Refine x0 of the long video towards global coherence (stage 2, Fig. 5). Returns the new x0, F x C x H x W.
 
-    Every iteration: a random minibatch of windows, noised to the *grounded timestep* with its slice of the *fixed
-    baseline noise*, predicted, mixed by `csd_gradient`, fused over overlaps, one AdamW step. Windows far apart in time
-    meet in a minibatch: that is what makes the video one.
+    Each iteration takes a random minibatch of windows, noises them to the *grounded timestep* with their slices of the
+    *fixed baseline noise*, predicts, mixes the scores by `csd_gradient`, fuses the gradients over overlaps, and makes
+    one AdamW step. Windows far apart in time meet in a minibatch: that is what makes the video one.
 
-    levels: [the step's own level] grounds the timestep; several: a random one of them at each iteration (ablation).
-    noise: the baseline noise, F x C x H x W; None: new noise at each iteration (ablation). prompts: one a window. skip:
-    see `fuse`; of the picked windows the frames that it names get no gradient.
-    iters x min(batch, windows) model evaluations. AdamW starts afresh at each call; its other settings are torch's
-    defaults. [ours: the paper names AdamW and the learning rate]
+    levels: [the step's own level] grounds the timestep; with several, each iteration draws one of them (ablation).
+    noise: the baseline noise, F x C x H x W; None: new noise in each iteration (ablation). prompts: one per window.
+    Costs iters x min(batch, windows) model evaluations.
 
-    Levels at zero SNR are passed over: there X holds no trace of x0, and Adam would amplify the rounding noise. With
-    no other level x0 comes back as it was.
+    [ours] AdamW starts afresh in each call, with torch's defaults but for the learning rate. Its weight decay, 0.01,
+    shrinks x0 by 10 % in 20 iterations at lr 0.5. Its momentum also moves frames that a minibatch did not touch.
+    [ours] Levels at zero SNR are passed over: X holds no trace of x0 there, and Adam would amplify rounding noise. If
+    no other level is left, x0 comes back unchanged.
     """
     levels = [level for level in levels if level.alpha > 0]
     if not levels:
         return x0.clone()
     x0 = x0.float().clone()
-    optimizer = torch.optim.AdamW([x0], lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([x0], lr=lr)
     for _ in range(iters):
         level = levels[torch.randint(len(levels), (), generator=generator)]
         eps = _randn_like(x0, generator) if noise is None else noise
@@ -268,7 +256,7 @@ def csd_refine(
         predicted = predict_x0(noisy, level.t, [prompts[i] for i in picked]).float()
 
         gradient = csd_gradient(clean, noisy, predicted, level)
-        x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0), skip and [skip[i] for i in picked])
+        x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0))
         optimizer.step()
     x0.grad = None
     return x0
@@ -287,7 +275,7 @@ def _randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 def revert(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
     """Noise x0 to the previous timestep: x_prev = alpha_prev x0 + sigma_prev noise (stage 3, Fig. 5). Any one shape.
 
-    With the baseline noise of stage 2 the trajectory goes on where the refinement left it; with `implied_noise` this is
+    With the baseline noise of stage 2, sampling continues where the refinement left it; with `implied_noise` this is
     plain DDIM.
     """
     return level.alpha * x0 + level.sigma * noise
@@ -299,38 +287,33 @@ def revert(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the paper sets, and switches that give exactly its ablations (see `ABLATIONS`)."""
+    """The paper's settings, and switches that give exactly its ablations (see `ABLATIONS`)."""
 
     stride: int = 4  # latent frames between windows [paper: 4 for CogVideoX, 6 for Open-Sora Plan]
     t_min: float = 800  # stage 2 runs while t > t_min [paper: 800 to 900]
-    csd_iters: int = 20  # iterations of stage 2 a step [paper: 20 to 50]
-    csd_batch: int = 4  # windows a minibatch [ours: about 4, from the paper's running times]
+    csd_iters: int = 20  # iterations of stage 2 per step [paper: 20 to 50]
+    csd_batch: int = 4  # windows per minibatch [ours: about 4, from the paper's running times]
     csd_lr: float = 0.5  # AdamW's learning rate [paper: 0.5 to 1]
-    csd_weight_decay: float = 0.01  # AdamW's default [ours]: shrinks x0 by 10 % in 20 iterations at lr 0.5
-    causal: bool = False  # the VAE is: fuse without the windows' `first_frames` [ours]; else the paper's plain average
 
     codenoise: bool = True  # stage 1. Without it x0 is the last step's; at the first step, noise
     refine: bool = True  # stage 2
     revert: bool = True  # stage 3. Without it the next step starts from x0 as it is
-    grounded: bool = True  # stage 2 at the step's own t; else at a random one each iteration
+    grounded: bool = True  # stage 2 at the step's own t; else at a random one in each iteration
     noise: str = "fixed"  # above t_min: "fixed" baseline noise, "fresh" at every use, or "implied" by x_t and x0 (DDIM)
 
     def __post_init__(self):
-        for name, low in dict(stride=1, csd_iters=1, csd_batch=1, csd_lr=0, csd_weight_decay=0).items():
+        for name, low in dict(stride=1, csd_iters=1, csd_batch=1, csd_lr=0).items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if self.noise not in ("fixed", "fresh", "implied"):
             raise ValueError(f'noise must be "fixed", "fresh" or "implied", got "{self.noise}".')
 
 
-METHODS = {  # what to change in Settings to get each method of the paper's Table 1 and Figure 4
-    "syncos": {},
-    "gen-l-video": dict(refine=False, noise="implied"),  # stages 1 and 3: co-denoising by DDIM alone
-    "csd": dict(codenoise=False, revert=False, t_min=-1),  # stage 2 alone, at every step, from noise
-}
-ABLATIONS = {  # and each ablation of Tables 2 and 3 and Figures 7 and 9
+GEN_L_VIDEO = dict(refine=False, noise="implied")  # stages 1 and 3: co-denoising by DDIM alone (Table 1, Fig. 4)
+STAGE_2_ALONE = dict(codenoise=False, revert=False, t_min=-1)  # from noise, at every step (Table 3); not published CSD
+ABLATIONS = {  # what to change in Settings for each ablation of Tables 2 and 3 and Figures 7 and 9
     "stage-1": dict(codenoise=False),  # below t_min nothing is left to do, so x0 stays as stage 2 left it
-    "stage-2": dict(refine=False, noise="implied"),  # = Gen-L-Video
+    "stage-2": GEN_L_VIDEO,
     "stage-2-keep-noise": dict(refine=False),  # stage 2 skipped, its noise kept for stage 3
     "stage-3": dict(revert=False),
     "grounded-timestep": dict(grounded=False),
@@ -347,7 +330,7 @@ def refine_levels(step: int, levels: Sequence[Level], settings: Settings) -> Seq
 
 
 def count_evaluations(levels: Sequence[Level], windows: Sequence[slice], settings: Settings) -> int:
-    """How many windows a run of `syncos` sends through the model (guidance doubles what the model itself computes)."""
+    """Number of windows that `syncos` sends through the model (guidance doubles what the model itself computes)."""
     steps = range(len(levels) - 1)
     refined = sum(any(level.alpha > 0 for level in refine_levels(i, levels, settings)) for i in steps)
     per_refinement = settings.csd_iters * min(settings.csd_batch, len(windows))
@@ -367,13 +350,13 @@ def syncos(
     start: int = 0,
     x0: Tensor | None = None,
 ) -> Tensor:
-    """Sample a long video: the paper's whole method (Fig. 5), one step a turn of the loop.
+    """Sample a long video: the paper's whole method (Fig. 5), one denoising step per turn of the loop.
 
-    latents: the initial noise, F x C x H x W, float32; levels: the walk, from `diffusion_levels` or `flow_levels`;
-    windows: from `make_windows`; prompts: one a window; generator: on the CPU, the source of all randomness.
-    callback(step, t, x0, latents) is called after every step with its estimate and its result. To go on with a run
-    that was stopped: `latents` and `x0` as its last callback got them, `start`, the number of steps done, and the
-    generator in the state that it then had.
+    latents: the initial noise, F x C x H x W, float32; levels: from `diffusion_levels` or `flow_levels`; windows: from
+    `make_windows`; prompts: one per window; generator: on the CPU, the source of all randomness.
+    callback(step, t, x0, latents) is called after every step with its estimate and its result. To resume a stopped run,
+    pass `latents` and `x0` as the last callback got them, `start` = the number of steps done, and the generator in the
+    state that it then had.
     Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit together.
     """
     if len(prompts) != len(windows):
@@ -384,25 +367,24 @@ def syncos(
         raise ValueError("The generator must be on the CPU, so that a seed gives the same video on every device.")
 
     s, x = settings, latents.float()
-    skip = first_frames(windows) if s.causal else None
     x0 = x if x0 is None else x0
     for step in range(start, len(levels) - 1):
         level, prev = levels[step], levels[step + 1]
-        baseline = s.noise != "implied" and level.t > s.t_min
 
         # stage 1: local
         if s.codenoise:
-            x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts, skip=skip)
+            x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts)
 
-        # the noise that couples stages 2 and 3: one for both, or DDIM's own once stage 2 is over
+        # the noise that couples stages 2 and 3, new at every step and fixed within it; below t_min [ours] DDIM's own
+        baseline = s.noise != "implied" and level.t > s.t_min
         noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
 
         # stage 2: global, grounded at t
         if candidates := refine_levels(step, levels, s):
+            eps = None if s.noise == "fresh" else noise
             x0 = csd_refine(
-                predict_x0, x0, candidates, None if s.noise == "fresh" else noise, windows, prompts, generator,
-                s.csd_iters, s.csd_batch, s.csd_lr, s.csd_weight_decay, skip,
-            )  # fmt: skip
+                predict_x0, x0, candidates, eps, windows, prompts, generator, s.csd_iters, s.csd_batch, s.csd_lr
+            )
 
         # stage 3: back to the previous timestep
         x = revert(x0, noise, prev) if s.revert else x0

@@ -1,10 +1,11 @@
 """Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> transformer
 and decoder once more, on clips of their own making -> checkpoint.
 
-    python tiny/train.py                # everything; stop it at any time, the same command goes on where it was
-    python tiny/train.py --init tiny/checkpoint --lr 1e-3 --steps 2500 --work tiny/work/more    # without the VAE
+    python -m extras.tiny.train                # everything; stop it at any time, the same command resumes
+    python -m extras.tiny.train --init extras/tiny/checkpoint --lr 1e-3 --steps 2500    # without the VAE
 
-Work in progress is kept in tiny/work/ (not in git); the result, a pipeline in diffusers format, is tiny/checkpoint/.
+Work in progress is kept in extras/tiny/work/ (not in git). The result, a pipeline in diffusers format, is
+extras/tiny/checkpoint/.
 """
 
 import argparse
@@ -21,7 +22,17 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from world import FRAMES, SIZE, Fitter, backgrounds, caption, render, sample_motion, sample_stories, vocabulary
+from extras.tiny.world import (
+    FRAMES,
+    SIZE,
+    Fitter,
+    backgrounds,
+    caption,
+    render,
+    sample_motion,
+    sample_stories,
+    vocabulary,
+)
 
 TOKENS = 16  # text tokens a prompt, the end mark and padding included
 BATCH = 16  # whole clips a step of the transformer

@@ -1,7 +1,7 @@
 """Measure the program: one table, every row from one run on one machine, so read the ratios and not the seconds.
 
-    python measure/bench.py                         every row that this machine can show: minutes
-    python measure/bench.py --only gradient length  some of: model overhead gradient length methods processes memory
+    python -m extras.measure.bench                         every row that this machine can show: minutes
+    python -m extras.measure.bench --only overhead length  some of: model overhead length methods processes memory
 
 "2B" is a transformer of CogVideoX-2B's size with random weights. Memory is what a piece needs at its peak above what is
 there when it starts: of a GPU by torch's allocator, of a CPU process by the kernel's count (Linux). The part
@@ -11,7 +11,6 @@ there when it starts: of a GPU by torch's allocator, of a CPU process by the ker
 import argparse
 import functools
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import memory  # noqa: E402
-import syncos as S  # noqa: E402
-from backbones import RECIPES, Recipe, get_recipe, in_batches  # noqa: E402
+import syncos as S
+from backbones import COGVIDEOX_2B, TINY, Backbone, Recipe
+from extras.baselines import Plan
+from extras.measure import memory
+from extras.methods import METHODS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BIG, TINY = RECIPES["cogvideox"], RECIPES["tiny"]
+BIG = COGVIDEOX_2B
 LEVEL = S.Level(899, 0.15, 0.99)
 
 
@@ -66,9 +65,9 @@ def in_new_process(f: Callable, *args):
         return pool.submit(f, *args).result()
 
 
-def evaluations(recipe: Recipe, method: str) -> int:
-    levels = recipe.backbone.make_levels(recipe.scheduler, recipe.num_inference_steps)
-    return S.count_evaluations(levels, recipe.windows(), replace(recipe.settings, **S.METHODS[method]))
+def evaluations(recipe: Recipe, name: str) -> int:
+    plan, method = Plan(recipe, ("",)), METHODS[name](recipe.settings)
+    return method.evaluations(plan, method.steps(plan))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,34 +159,6 @@ def overhead() -> Iterator[tuple[str, str]]:
         yield f"outside the model, {name}", f"{1000 * t:.0f} ms, {t / step:.4%} of a step with the 2B"
 
 
-def naive_gradient(x0: Tensor, noisy: Tensor, predicted: Tensor, level: S.Level) -> Tensor:
-    """`csd_gradient` by the tensor of all differences, B x B x D."""
-    B = len(x0)
-    x = noisy.flatten(1)
-    difference = x[:, None] - x[None]
-    d2 = difference.square().sum(-1)
-    h = d2[~torch.eye(B, dtype=torch.bool, device=x.device)].median() / torch.tensor(B + 1.0).log()
-    K = torch.exp(-d2 / h)
-    repulsion = (-2 / h * K[:, :, None] * difference).sum(0)
-    residual = level.alpha / level.sigma * (x0 - predicted).flatten(1)
-    return (level.sigma**2 / B * (K @ residual - repulsion)).view_as(x0)
-
-
-def cost_of_gradient(f: Callable, B: int) -> tuple[float, float]:
-    x0, noisy, predicted = torch.randn(3, B, BIG.window, *BIG.latent).to(DEVICE)
-    run = lambda: f(x0, noisy, predicted, LEVEL)  # noqa: E731
-    return peak(run), seconds(run)
-
-
-def gradient() -> Iterator[tuple[str, str]]:
-    for B in (4, 8):
-        (ours, fast), (theirs, slow) = (
-            in_new_process(cost_of_gradient, f, B) for f in (S.csd_gradient, naive_gradient)
-        )
-        yield f"csd_gradient, B = {B}", f"{1000 * fast:.0f} ms, {ours:.0f} MiB"
-        yield "  by the B x B x D tensor", f"{slow / fast:.1f} times as long, {theirs / ours:.1f} times the memory"
-
-
 def cost_of_sampling(frames: int) -> tuple[float, float]:
     """A step of all three stages, five iterations."""
     windows = S.make_windows(frames, BIG.window, BIG.settings.stride)
@@ -198,10 +169,9 @@ def cost_of_sampling(frames: int) -> tuple[float, float]:
 
 
 def cost_of_decoding(frames: int) -> tuple[float, float]:
-    recipe = get_recipe("tiny")
-    backbone = recipe.backbone(recipe.model, DEVICE)
+    backbone = TINY.backbone(TINY.model, DEVICE)
     backbone.load(decoder_only=True)
-    run = lambda frames: [None for _ in backbone.decode(torch.randn(frames, *recipe.latent))]  # noqa: E731
+    run = lambda frames: [None for _ in backbone.decode(torch.randn(frames, *TINY.latent))]  # noqa: E731
     start = time.perf_counter()
     memory = peak(lambda: run(frames))
     return memory, time.perf_counter() - start
@@ -210,7 +180,7 @@ def cost_of_decoding(frames: int) -> tuple[float, float]:
 def length() -> Iterator[tuple[str, str]]:
     """In multiples of the base clip."""
     for what, cost, recipe in (("sampling", cost_of_sampling, BIG), ("decoding", cost_of_decoding, TINY)):
-        for times in (1, 4, 16, 64):
+        for times in (1, 4, 16):
             frames = times * (recipe.window - 1) + 1
             memory, t = in_new_process(cost, frames)
             latent = frames * torch.Size(recipe.latent).numel() * 4 / 2**20
@@ -224,57 +194,51 @@ def length() -> Iterator[tuple[str, str]]:
 # Whole runs of the tiny model
 
 
-def make_tiny() -> tuple:
-    recipe = get_recipe("tiny")
-    backbone = recipe.backbone(recipe.model, DEVICE, guidance_scale=recipe.guidance_scale)
-    prompts = ["A star. It jumps."] * len(recipe.windows())
-    backbone.encode(prompts)
+def make_tiny() -> tuple[Plan, Backbone]:
+    plan, backbone = Plan(TINY, ("A star. It jumps.",)), TINY.backbone(TINY.model, DEVICE, guidance_scale=4.0)
+    backbone.encode(plan.texts)
     backbone.load()
-    return recipe, backbone, prompts
+    backbone.levels(TINY.num_inference_steps)
+    return plan, backbone
 
 
-def sampling_seconds(recipe: Recipe, backbone, prompts: list[str], method: str, predict_x0: Callable) -> float:
-    windows, levels = recipe.windows(), backbone.levels(recipe.num_inference_steps)
-    settings = replace(recipe.settings, **S.METHODS[method])
-    x = torch.randn(windows[-1].stop, *recipe.latent).to(DEVICE)
-    run = lambda: S.syncos(predict_x0, x, levels, windows, prompts, settings, torch.Generator())  # noqa: E731
-    return seconds(run, 1)
+def sampling_seconds(plan: Plan, backbone: Backbone, name: str, batch: int = TINY.window_batch) -> float:
+    plan = replace(plan, recipe=replace(plan.recipe, window_batch=batch))
+    x = torch.randn(plan.recipe.latent_frames, *plan.recipe.latent).to(DEVICE)
+    method = METHODS[name](plan.recipe.settings)
+    return seconds(lambda: method.sample(backbone, plan, x, torch.Generator()), 1)
 
 
 def methods() -> Iterator[tuple[str, str]]:
-    recipe, backbone, prompts = make_tiny()
+    plan, backbone = make_tiny()
     base = None
-    for method in ("gen-l-video", "syncos"):
-        t, n = sampling_seconds(recipe, backbone, prompts, method, backbone.predict_x0), evaluations(recipe, method)
+    for name in ("gen-l-video", "syncos"):
+        t, n = sampling_seconds(plan, backbone, name), evaluations(TINY, name)
         base = base or (t, n)
-        yield (
-            f"tiny, {method}, 193 frames",
-            f"{t:.1f} s ({t / base[0]:.2f}x), {n} evaluations ({n / base[1]:.2f}x)",
-        )
+        yield f"tiny, {name}, 193 frames", f"{t:.1f} s ({t / base[0]:.2f}x), {n} evaluations ({n / base[1]:.2f}x)"
 
 
 def worker(rank: int, world: int, meeting: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    recipe, backbone, prompts = make_tiny()
-    t = sampling_seconds(recipe, backbone, prompts, "syncos", in_batches(backbone.predict_x0, 1))
+    t = sampling_seconds(*make_tiny(), "syncos", batch=1)
     if rank == 0:
         Path(meeting + ".seconds").write_text(str(t))
     dist.destroy_process_group()
 
 
 def processes() -> Iterator[tuple[str, str]]:
-    """On the CPU, one thread a process."""
+    """Two processes against one, on the CPU, one thread each."""
     times = []
     for world in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(worker, (world, f"{folder}/meeting"), nprocs=world)
             times.append(float(Path(f"{folder}/meeting.seconds").read_text()))
-        yield f"tiny, syncos, {world} process{'es' * (world > 1)} of one thread", f"{times[-1]:.1f} s"
+        yield f"tiny, syncos, on the CPU, {world} process{'es' * (world > 1)} of one thread", f"{times[-1]:.1f} s"
     yield "  two processes against one", f"{times[0] / times[1]:.2f} times as fast"
 
 
-PARTS = {f.__name__: f for f in (model, overhead, gradient, length, methods, processes)} | {"memory": memory.rows}
+PARTS = {f.__name__: f for f in (model, overhead, length, methods, processes)} | {"memory": memory.rows}
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import syncos as S
-from backbones import RECIPES, Backbone, CogVideoX, Recipe, Wan, in_batches
+from backbones import Backbone, CogVideoX, Recipe, in_batches
+from extras.models import RECIPES
+from extras.models.wan import Wan
 
 T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
@@ -117,7 +119,8 @@ def make_cogvideox(recipe: Recipe, parts: Sequence[str], **transformer: object) 
 
 
 def make_opensora_plan(recipe: Recipe, parts: Sequence[str]) -> object:
-    from models import opensora_plan as O
+    from extras.ports import loading
+    from extras.ports import opensora_plan as O
 
     dtype = getattr(torch, recipe.dtype)
     make = dict(
@@ -127,7 +130,7 @@ def make_opensora_plan(recipe: Recipe, parts: Sequence[str]) -> object:
         vae=O.WFVAEDecoder,
     )
     with made_of(dtype):
-        return O.Parts.make(lambda name: make[name](), parts)
+        return loading.Parts.make(lambda name: make[name](), parts)
 
 
 def make_wan(recipe: Recipe, parts: Sequence[str]) -> object:
@@ -151,7 +154,8 @@ def make_videocrafter2(recipe: Recipe, parts: Sequence[str]) -> object:
     import diffusers as D
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from models import videocrafter2 as V
+    from extras.models import videocrafter2 as V
+    from extras.ports.loading import Parts
 
     make = dict(
         tokenizer=make_tokenizer,
@@ -160,7 +164,7 @@ def make_videocrafter2(recipe: Recipe, parts: Sequence[str]) -> object:
         vae=lambda: D.AutoencoderKL(**V.RELEASE["vae"]),
     )
     with made_of(getattr(torch, recipe.dtype)):
-        return V.Parts.make(lambda name: make[name](), parts)
+        return Parts.make(lambda name: make[name](), parts)
 
 
 MAKE = {
@@ -180,7 +184,7 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
     configs = dict(max_text_seq_length=226), recipe.scheduler
     with (
         patch.object(CogVideoX, "read_configs", return_value=configs),
-        patch.object(Wan, "measure", return_value=dict(scheduler=recipe.scheduler)),
+        patch.object(Wan, "inspect", return_value=dict(scheduler=recipe.scheduler)),
     ):
         backbone = recipe.backbone(
             recipe.model, "meta", getattr(torch, recipe.dtype), recipe.guidance_scale, tiling=tiling

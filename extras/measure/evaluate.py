@@ -1,7 +1,7 @@
 """Measure a video: does it stay one video, does it do what its story says, does it move?
 
-    python measure/evaluate.py VIDEO --story story.json     {"global": "...", "local": ["...", ...]}, or --scenario NAME
-    python measure/evaluate.py --trajectories trace.safetensors     a picture of what `demo.py --trace` recorded
+    python -m extras.measure.evaluate VIDEO --story story.json     (or --scenario NAME)
+    python -m extras.measure.evaluate --trajectories trace.safetensors     a picture of what `demo.py --trace` recorded
 
 The first prints the measures and writes them, with the curve of drift, to VIDEO's name with .scores.json:
 
@@ -33,7 +33,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -44,11 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import prompts as P  # noqa: E402
-from syncos import make_windows  # noqa: E402
-from videos import check_device, check_output, read_frames, read_tensors  # noqa: E402
+import prompts as P
+from extras.videos import check_output, missing_device, read_frames, read_tensors
+from syncos import make_windows
 
 DINO, CLIP, LARGE_CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
 LAION = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
@@ -451,7 +448,8 @@ def main(argv: list[str] | None = None) -> None:
         path = args.output_path or args.video.with_suffix(".scores.json")
         check_output(path, (".json",))
         story = P.SCENARIOS[args.scenario] if args.scenario else P.load_story(args.story)
-        check_device(args.device)
+        if missing := missing_device(args.device):
+            raise ValueError(missing)
         if min(args.batch, args.window, args.stride, args.frames_per_latent) < 1:
             raise ValueError("--batch, --window, --stride and --frames_per_latent must be at least 1.")
         windows, spans = place_story(args.video, story, args.window, args.stride, args.frames_per_latent)

@@ -14,6 +14,7 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def say(text: str) -> None:
@@ -29,25 +30,22 @@ def say(text: str) -> None:
 
 
 def device_kind(device: str) -> str:
-    """cuda, mps or cpu. Raises ValueError if there is no such kind of device."""
-    import torch
-
+    """cuda, mps or cpu. Raises ValueError for other kinds of devices."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
         kind = None
     if kind not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"There is no device {device}; use cuda, mps or cpu.")
+        raise ValueError(f"The device {device} is unknown; use cuda, mps or cpu.")
     return kind
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError if this machine does not have the device."""
-    import torch
-
+def missing_device(device: str) -> str:
+    """A sentence for the user if this machine does not have the device, else empty."""
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (torch.device(device).index or 0) >= count[device_kind(device)]:
-        raise ValueError(f"There is no {device} here; --device cpu takes the CPU, very slowly with a big model.")
+    if (torch.device(device).index or 0) < count[device_kind(device)]:
+        return ""
+    return f"{device.upper()} is not available on this machine; use --device cpu (slow for large models)."
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -91,12 +89,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
     """Safetensors with `about` in its metadata. Raises OSError."""
-    from safetensors import SafetensorError, torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     with replacing(path) as partial:
         try:
             metadata = {"syncos": json.dumps(about | dict(what=what, names=list(tensors)))}
-            torch.save_file(tensors, partial, metadata=metadata)
+            save_file(tensors, partial, metadata=metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -129,7 +128,7 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
     return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
 
 
-def write_video(path: Path, frames: Iterator[np.ndarray], fps: int, comment: str = "") -> None:
+def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: str = "") -> None:
     """Frames as mp4 that plays everywhere, with a comment in its metadata, or as gif or webp. Raises OSError."""
     from imageio_ffmpeg import write_frames
 
@@ -250,7 +249,7 @@ def write_story(
     path: Path,
     streams: dict[str, Iterator[np.ndarray]],
     count: int,
-    fps: int,
+    fps: float,
     events: list[tuple[tuple[float, float], str]],
     title: str,
     captions: bool = False,

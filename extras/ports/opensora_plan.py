@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import AutoTokenizer, MT5EncoderModel
 
-from models.loading import Parts, check_fit, fill, read_checkpoint
+from extras.ports.loading import Parts, check_fit, fill, read_checkpoint
 
 
 class Ported(ModelMixin, ConfigMixin):
@@ -407,7 +407,7 @@ def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Parts:
         tokenizer=lambda: AutoTokenizer.from_pretrained(text),
         text_encoder=lambda: MT5EncoderModel.from_pretrained(text, dtype=dtype),
         transformer=lambda: load_transformer(model, dtype),
-        vae=lambda: load_decoder(model).to(dtype),
+        vae=lambda: nn.Module.to(load_decoder(model), dtype),  # diffusers' own warns of nothing
     )
     try:
         return Parts.make(lambda name: load[name](), parts)

@@ -1,4 +1,4 @@
-"""Wan 2.1."""
+"""Wan 2.1: the adapter, by diffusers' own pipeline."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.base import Backbone, Recipe, to_uint8
+from backbones import Backbone, Recipe, to_uint8
 from syncos import Level, Settings, flow_levels
 
 
 class Wan(Backbone):
-    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError if the model is none, or is a Wan 2.2.
+    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError for other models, and for a Wan 2.2.
 
     A rectified flow. Every window is a clip of its own to the model: positions restart at 0. The VAE runs in float32.
     """
 
     prediction = "flow"
-    untiled = "Wan, whose decoder streams"
+    untiled = "Wan's decoder streams, so it"
     frame_timesteps = True
     negative_prompt = (  # ours, in English; the authors' own, in Chinese, is longer
         "gaudy colours, overexposed, blurred details, subtitles, drawing, grey all over, worst quality, low quality, "
@@ -30,10 +30,10 @@ class Wan(Backbone):
 
     def __init__(self, model: str, *args, **options):
         super().__init__(model, *args, **options)
-        self.scheduler = self.measure(model)["scheduler"]
+        self.scheduler = self.inspect(model)["scheduler"]
 
     @staticmethod
-    def measure(model: str) -> dict[str, Any]:
+    def inspect(model: str) -> dict[str, Any]:
         """Latent shape (C, H, W), of 480 x 832 pixels, and scheduler of a model, from three small files."""
         from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
@@ -43,7 +43,7 @@ class Wan(Backbone):
             scheduler = UniPCMultistepScheduler.load_config(model, subfolder="scheduler")
         except OSError as error:
             raise ValueError(
-                f"{model} is no Wan pipeline: neither a folder with one nor a model of the hub within reach."
+                f"{model} is not a Wan pipeline: neither a folder with one nor a model of the hub within reach."
             ) from error
         kinds = {
             "a Wan 2.2 TI2V (expand_timesteps), with a timestep for every token": index.get("expand_timesteps"),
@@ -65,8 +65,10 @@ class Wan(Backbone):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """Euler's walk of the flow, with the release's shift, from pure noise; the release's own, UniPC, is of second
-        order."""
+        """Euler's steps along the flow, with the release's shift, from pure noise.
+
+        The release's own solver, UniPC, is of second order.
+        """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         euler = FlowMatchEulerDiscreteScheduler(shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
@@ -94,8 +96,8 @@ class Wan(Backbone):
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Latents F x C x H x W as 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time.
 
-        One latent frame after another, as the VAE's own `decode` does it, but keeping nothing except the caches of the
-        causal convolutions: memory does not grow with F, and the frames are the same bit for bit.
+        Decodes one latent frame after another, as the VAE's own `decode` does, but keeps only the caches of the causal
+        convolutions: memory does not grow with F, and the frames are the same bit for bit.
         """
         vae, c = self.pipe.vae, self.pipe.vae.config
         if hasattr(vae, "_hf_hook"):  # offload: to the device, as `vae.decode` would begin
@@ -115,8 +117,7 @@ WAN = Recipe(
     window=21,
     latent=(16, 60, 104),
     scheduler=dict(flow_shift=3.0),
-    settings=Settings(stride=6, t_min=930),
-    paper_t_min=930,  # alpha/sigma there is CogVideoX-2B's at 800
+    settings=Settings(stride=6, t_min=930),  # alpha/sigma there equals CogVideoX-2B's at 800
     dtype="bfloat16",
     scenario="corgi",
     num_frames=321,  # 81 latent frames, 20 s

@@ -1,0 +1,79 @@
+"""Baselines of the paper, one per file, each readable beside its own paper; here, what every method gets and gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import prompts as P
+from backbones import Backbone, Recipe
+from syncos import Level
+
+Callback = Callable[[int, float, Tensor, Tensor], None]  # as in syncos.syncos
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A long video to sample, the same for every method. Raises ValueError if the events do not fit."""
+
+    recipe: Recipe
+    texts: tuple[str, ...]  # the whole prompt of each event, in time order
+
+    def __post_init__(self):
+        self.events  # noqa: B018, raises
+
+    @cached_property
+    def windows(self) -> list[slice]:
+        """Windows at the recipe's stride. A method may use others."""
+        return self.recipe.windows()
+
+    @cached_property
+    def events(self) -> list[int]:
+        """The event of each window."""
+        return P.assign_events(self.windows, len(self.texts))
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        return self.recipe.backbone.make_levels(self.recipe.scheduler, self.recipe.num_inference_steps)
+
+    @property
+    def spans(self) -> list[tuple[float, float]]:
+        """Start and end of each event, as shares of the video."""
+        return P.event_spans(self.windows, self.events)
+
+
+class Method(Protocol):
+    """A way to sample a plan; a frozen dataclass of its settings. `extras.methods.METHODS` lists them."""
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError, one sentence, if the backbone or the length is not one that the method can sample."""
+
+    def steps(self, plan: Plan) -> int:
+        """Number of steps of a run, as its callback counts them."""
+
+    def evaluations(self, plan: Plan, steps: int) -> int:
+        """Number of windows that the model evaluates in the first `steps` steps."""
+
+    def describe(self, plan: Plan) -> str:
+        """What is special about a run, for the printed plan; may be empty."""
+
+    def sample(
+        self,
+        backbone: Backbone,
+        plan: Plan,
+        latents: Tensor,
+        generator: torch.Generator,
+        callback: Callback | None = None,
+        done: Callable[[int], None] = lambda n: None,
+        start: int = 0,
+        x0: Tensor | None = None,
+    ) -> Tensor:
+        """Sample the clean latents, F x C x H x W, from the initial noise of that shape.
+
+        backbone: loaded, its texts encoded, its levels made. callback: as in `syncos.syncos`; a stopped run resumes
+        from the `latents` and `x0` of its last call (in a shape of the method's own), `start` steps done, and the
+        generator's state. done(n) is called after every n windows that the model evaluated.
+        """

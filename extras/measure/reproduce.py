@@ -1,0 +1,380 @@
+"""Measure what the tiny world shows: single clips, and four-event videos whose colour and place are left open.
+
+    python -m extras.measure.reproduce quality
+        single clips of full captions: how far are they from a clean picture, and how many are right in shape, colour,
+        place and action?
+    python -m extras.measure.reproduce coherence
+        four-event videos, SynCoS against Gen-L-Video or any settings: do the windows show one identity (colour and
+        place), and do they follow their prompts?
+    python -m extras.measure.reproduce tables
+        the same for the rows of the paper's Tables 1 to 3
+
+A video is read by fitting the world's own renderer to its frames. Each result is appended to a file as it comes, so an
+interrupted command resumes.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from backbones import TINY
+from extras.baselines import Method, Plan
+from extras.measure.evaluate import Watch, consistency, seam_ratio, window_joins
+from extras.methods import METHODS, SynCoS
+from extras.models import get_recipe
+from extras.tiny import world as W
+from prompts import Story
+from syncos import ABLATIONS, implied_noise, revert, syncos
+
+NAMES = ["shape", "colour", "place", "action"]
+
+
+def bootstrap(values: list[float], draws: int = 10000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval."""
+    x = torch.tensor(values, dtype=torch.float64)
+    means = x[torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(0))].mean(1)
+    return x.mean().item(), *means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def interval(values: list[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model, and what its videos show
+
+
+class TinyModel:
+    """The tiny model, or another of its kind from a folder."""
+
+    def __init__(self, folder: str, dtype: str):
+        self.recipe = get_recipe("tiny", folder)
+        self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
+        self.backbone.load()
+        self.fitter = W.Fitter()
+        weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))
+        self.name = f"{hashlib.sha256(weights).hexdigest()[:12]} {dtype} {self.backbone.guidance_scale}"
+
+    def video(self, latents: Tensor) -> Tensor:
+        """Latents F C H W -> video T 3 H W in [0, 1]."""
+        return torch.stack([torch.from_numpy(f) for f in self.backbone.decode(latents)]).permute(0, 3, 1, 2) / 255
+
+    def distances(self, video: Tensor) -> list[float]:
+        """Of each frame of a clip, T 3 H W, the mean square distance from the picture of the clip's closest fit."""
+        story, motion = self.fitter(video)
+        picture = W.render(torch.tensor([story]), self.fitter.refine(video, story, motion)[None])[0]
+        return (picture - video).square().mean((1, 2, 3)).tolist()
+
+    def read(self, latents: Tensor, windows: list[slice]) -> dict:
+        """What a video shows: the story of each window, the mean square distance of each latent frame from the nearest
+        of these stories' own pictures, how sharp it is beside that, how alike the windows' middle frames are as
+        pictures, noise and all, and what `Watch` sees."""
+        watch, fits, motions = Watch(), [], {}
+        for frame in (video := self.video(latents)):
+            watch(frame.permute(1, 2, 0).mul(255).round().byte().numpy())
+        for w in windows:
+            span = slice(4 * w.start, 4 * w.start + W.FRAMES)
+            story, motion = self.fitter(video[span][::4])
+            fits.append(story)
+            looks = motions.setdefault(story[:3], torch.full((len(video), 3), torch.nan))
+            looks[span] = F.interpolate(motion.T[None], W.FRAMES, mode="linear", align_corners=True)[0].T
+        nearest, edges = torch.full((len(video),), torch.inf), torch.ones(len(video))
+        for look, motion in motions.items():
+            at = (~motion.isnan().any(1)).nonzero()[:, 0]
+            story = (*look, 0)
+            picture = W.render(torch.tensor([story]), self.fitter.refine(video[at], story, motion[at])[None])[0]
+            distance = (picture - video[at]).square().mean((1, 2, 3))
+            closer = distance < nearest[at]
+            nearest[at[closer]] = distance[closer]
+            edges[at[closer]] = (slopes(video[at]) / slopes(picture))[closer]
+        frames = [nearest[:1].mean().item(), *nearest[1:].view(-1, 4).mean(1).tolist()]
+        middles = video[[4 * w.start + W.FRAMES // 2 for w in windows]].flatten(1)
+        seams = seam_ratio(watch.differences, window_joins(windows))
+        return dict(
+            fits=fits,
+            frames=frames,
+            sharpness=edges.mean().item(),
+            pictures=consistency(middles - middles.mean(1, keepdim=True)),  # a cosine is then a correlation
+            motion=watch.motion,
+            seams=seams,
+            scenes=watch.scenes,
+        )
+
+
+def slopes(video: Tensor) -> Tensor:
+    """The energy of differences between neighbouring pixels, which blur lowers: T 3 H W -> T."""
+    return sum(video.diff(dim=axis).square().mean((1, 2, 3)) for axis in (2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single clips
+
+
+def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
+    """n clips of random stories, ten at a time, by plain DDIM in 50 steps."""
+    backbone, levels = model.backbone, model.backbone.levels(50)
+    for batch in tqdm(range(0, n, 10), desc="clips / 10"):
+        key = f"clips {model.name} {batch}"
+        if key in done:
+            continue
+        generator = torch.Generator().manual_seed(batch)
+        stories = W.sample_stories(10, generator)
+        captions = [W.caption(s) for s in stories]
+        backbone.encode(captions)
+        x = torch.randn(10, model.recipe.window, *model.recipe.latent, generator=generator)
+        for level, prev in zip(levels, levels[1:]):
+            x0 = backbone.predict_x0(x, level.t, captions)
+            x = revert(x0, implied_noise(x, x0, level), prev)
+        videos = [model.video(z) for z in x]
+        keep(key, [[model.fitter(v)[0], s, model.distances(v)] for v, s in zip(videos, stories.tolist())])
+    clips = [clip for batch in range(0, n, 10) for clip in done[f"clips {model.name} {batch}"]]
+    pairs = [(got, asked) for got, asked, _ in clips]
+    print(f"{len(clips)} clips of full captions, mean square distance x 1000 from the picture of their own fit:")
+    print(f"  of a clip {interval([1000 * statistics.mean(distances) for *_, distances in clips])}")
+    print(f"  of its worst frame {interval([1000 * max(distances) for *_, distances in clips])}")
+    print("Share that is right (95 % bootstrap interval, as above):")
+    for i, name in enumerate(NAMES):
+        print(f"  {name:8} {interval([float(got[i] == asked[i]) for got, asked in pairs])}")
+    for i, phrase in enumerate(W.ACTIONS.values()):
+        right = [[float(g == a) for g, a in zip(got, asked)] for got, asked in pairs if asked[3] == i]
+        shares = ", ".join(f"{name} {sum(column) / len(right):.2f}" for name, column in zip(NAMES, zip(*right)))
+        print(f"  {len(right)} clips of {phrase!r}: {shares}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Long videos
+
+
+def scenario(seed: int) -> tuple[Story, list[int], int]:
+    """A four-event story of one shape whose colour and place are open; its actions, and the shape."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    shape = int(torch.randint(len(W.SHAPES), (), generator=generator))
+    actions = torch.randperm(len(W.ACTIONS), generator=generator)[:4].tolist()
+    return Story(f"A {W.SHAPES[shape]}.", tuple(list(W.ACTIONS.values())[a] for a in actions)), actions, shape
+
+
+def consistency_of(labels: Sequence) -> float:
+    """VBench's formula for windows whose features are what they show: a cosine is 1 where that is equal, else 0."""
+    _, index = torch.tensor(labels).unique(dim=0, return_inverse=True)
+    return consistency(F.one_hot(index).float())
+
+
+@dataclass(frozen=True)
+class Fading(SynCoS):
+    """SynCoS whose learning rate of stage 2 falls within the run: the settings' times sigma at each step. [ours]"""
+
+    def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
+        prompts, x = [plan.texts[event] for event in plan.events], latents
+        estimates = [x0]
+        keep = lambda step, t, x0, x: estimates.append(x0)  # noqa: E731
+        for step, level in enumerate(plan.levels[:-1]):
+            own = replace(self.settings, csd_lr=self.settings.csd_lr * level.sigma)
+            x = syncos(backbone.predict_x0, x, plan.levels[: step + 2], plan.windows, prompts, own, generator, keep,
+                       step, estimates[-1])  # fmt: skip
+        return x
+
+
+def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]:
+    """A scenario's plan and method. change: the method's name ("method", default syncos) and its fields; "steps",
+    "num_frames"; "structured", whether windows see the global prompt; "fading", by `Fading`. Raises ValueError or
+    TypeError."""
+    change, recipe = dict(change), model.recipe
+    name, fading = change.pop("method", "syncos"), change.pop("fading", False)
+    structured, steps = change.pop("structured", True), change.pop("steps", recipe.num_inference_steps)
+    recipe = replace(recipe, num_inference_steps=steps, num_frames=change.pop("num_frames", recipe.num_frames))
+    if name == "syncos":
+        settings = replace(recipe.settings, **change)
+        method, recipe = (Fading if fading else SynCoS)(settings), replace(recipe, settings=settings)
+    else:
+        method = replace(METHODS[name](recipe.settings), **change)
+    plan = Plan(recipe, tuple(scenario(seed)[0].event_prompts(structured)))
+    method.check(plan)
+    return plan, method
+
+
+def read_change(text: str, model: TinyModel) -> dict:
+    """A method's name, or settings as JSON, as a change for `make_video`. Raises ValueError."""
+    if text in METHODS:
+        return dict(method=text)
+    try:
+        make_video(model, 0, change := json.loads(text))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{text} is neither one of {', '.join(METHODS)} nor settings as JSON: {error}") from None
+    return change
+
+
+def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Callable) -> dict[str, float]:
+    """What the windows of a scenario's video show, and its model evaluations; see `make_video`. Same noise for all."""
+    plan, method = make_video(model, seed, change)
+    recipe, backbone, windows, events = plan.recipe, model.backbone, plan.windows, plan.events
+    steps, structured = recipe.num_inference_steps, change.get("structured", True)
+    key = f"video {model.name} {method} {recipe.num_frames} {steps} {seed}" + " local" * (not structured)
+    if key not in done:
+        backbone.encode(plan.texts)
+        backbone.levels(steps)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(recipe.latent_frames, *recipe.latent, generator=generator)
+        keep(key, model.read(method.sample(backbone, plan, noise, generator), windows))
+    seen, (_, actions, shape) = done[key], scenario(seed)
+    shapes, colors, places, _ = zip(*seen["fits"])
+    follows = [float(fit[3] == actions[e]) for fit, e in zip(seen["fits"], events)]
+    meets = [len(set(events[max(i - 1, 0) : i + 2])) > 1 for i in range(len(events))]  # another event's window beside
+    values = {
+        "subject consistency": consistency_of(list(zip(shapes, colors))),
+        "background consistency": consistency_of(places),
+        "identities": len(set(zip(colors, places))),
+        "structure flicker": sum(a[:3] != b[:3] for a, b in zip(seen["fits"], seen["fits"][1:])),
+        "local fidelity": statistics.mean(follows),
+        "at joins": statistics.mean([f for f, meet in zip(follows, meets) if meet]),
+        "elsewhere": statistics.mean([f for f, meet in zip(follows, meets) if not meet] or [math.nan]),
+        "global fidelity": statistics.mean(s == shape for s in shapes),
+        "distance x 1000": 1000 * statistics.mean(seen.get("frames") or [seen["distance"]]),
+        "motion x 1000": 1000 * seen["motion"],
+    }
+    if each := seen.get("frames"):  # smears: where windows of another event begin, and the frame after it
+        starts = [w.start for w, a, b in zip(windows[1:], events, events[1:]) if a != b]
+        joins = [each[k] for start in starts for k in (start, start + 1)]
+        values["worst frame x 1000"], values["joins x 1000"] = 1000 * max(each), 1000 * statistics.mean(joins)
+    others = {"pictures": "picture consistency", "sharpness": "sharpness", "seams": "seams", "scenes": "scenes"}
+    values |= {name: seen[k] for k, name in others.items() if k in seen}
+    return values | {"evaluations": method.evaluations(plan, method.steps(plan))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's tables
+
+MEASURES = [  # of what is shown, and of the pictures
+    ["subject consistency", "background consistency", "local fidelity", "global fidelity", "at joins", "elsewhere",
+     "identities", "structure flicker"],
+    ["picture consistency", "distance x 1000", "worst frame x 1000", "joins x 1000", "sharpness", "motion x 1000",
+     "seams", "scenes"],
+]  # fmt: skip
+TABLE_1, TABLE_2, TABLE_3 = (0.8892, 0.9457, 0.354, 0.341), (0.864, 0.927, 0.381), (0.8270, 0.9185, 0.348, 0.325)
+TABLES = {  # row: what is changed; the paper's consistency of subject and background, local and global fidelity (one
+    # fidelity in Table 2): the row's, and those of SynCoS in the same table
+    "SynCoS": ({}, None),
+    "Gen-L-Video": (dict(method="gen-l-video"), ((0.8134, 0.8946, 0.351, 0.324), TABLE_1)),
+    "FIFO-Diffusion": (dict(method="fifo", steps=50), ((0.8354, 0.9072, 0.327, 0.323), TABLE_1)),  # a long enough queue
+    "stage 2 alone": (dict(method="stage-2-alone"), ((0.7888, 0.9163, 0.300, 0.305), TABLE_3)),
+    "w/o stage 1": (ABLATIONS["stage-1"], None),
+    "w/o stage 2, its noise kept": (ABLATIONS["stage-2-keep-noise"], None),
+    "w/o stage 3": (ABLATIONS["stage-3"], None),
+    "w/o grounded timestep": (ABLATIONS["grounded-timestep"], ((0.803, 0.899, 0.364), TABLE_2)),
+    "w/o fixed noise": (ABLATIONS["fixed-noise"], ((0.817, 0.904, 0.382), TABLE_2)),
+    "w/o t_min": (ABLATIONS["t-min"], ((0.724, 0.854, 0.373), TABLE_2)),
+    "w/o structured prompt": (dict(structured=False), ((0.837, 0.903, 0.362), TABLE_2)),
+}
+PAPERS = {  # which of these numbers is a measure's. Subject consistency's twice, as the paper's features see noise too
+    "subject consistency": 0, "background consistency": 1, "local fidelity": 2, "global fidelity": 3,
+    "picture consistency": 0,
+}  # fmt: skip
+
+
+def verdict(differences: list[float], papers: float) -> str:
+    """Does a row differ from SynCoS in the direction that the paper reports?"""
+    mean, low, high = bootstrap(differences)
+    if low <= 0 <= high:
+        return "not distinguishable"
+    return "reproduced" if mean * papers > 0 else "not reproduced"
+
+
+def compare(model, seeds: range, rows: dict[str, tuple], done: dict, keep: Callable) -> None:
+    """Tables in Markdown: the rows' means; and what tells each from the first, scenario by scenario, with the paper's
+    numbers and the verdict where it has some. rows: as TABLES."""
+    videos: dict[str, list[dict]] = {}
+    with tqdm(total=len(rows) * len(seeds), unit="video") as bar:
+        for name, (change, _) in rows.items():
+            bar.set_description(name)
+            videos[name] = []
+            for seed in seeds:
+                videos[name].append(long_video(model, seed, change, done, keep))
+                bar.update()
+    first, *others = rows
+    print(f"{len(seeds)} scenarios of four events; mean [95 % bootstrap interval]")
+    for group in MEASURES:
+        measures = [measure for measure in group if measure in videos[first][0]]
+        head = f"| | {' | '.join(measures)} |\n" + "|---" * (len(measures) + 1) + "|"
+        print(f"\n{head}")
+        for name, each in videos.items():
+            print(f"| {name} | {' | '.join(interval([v[m] for v in each]) for m in measures)} |")
+        print(f"\nMinus {first}, scenario by scenario; in brackets the paper's row and {first}\n\n{head}")
+        for name in others:
+            differences = [[a[m] - b[m] for a, b in zip(videos[name], videos[first])] for m in measures]
+            cells = [interval(d) for d in differences]
+            theirs, syncos_ = rows[name][1] or ((), ())
+            for i, k in enumerate(PAPERS.get(measure, 4) for measure in measures):
+                if k < len(theirs):
+                    papers = theirs[k] - syncos_[k]
+                    cells[i] += f" (paper: {theirs[k]:.3g} - {syncos_[k]:.3g}) *{verdict(differences[i], papers)}*"
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+SEEDS = dict(coherence=(100, 120), tables=(110, 170))  # settings are chosen on 0 to 19 alone
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["quality", "coherence", "tables"])
+    parser.add_argument("--model", default=TINY.model, help="another tiny model's folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
+    parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
+    parser.add_argument("--methods", nargs="+", default=["syncos", "gen-l-video"], help="for coherence: names, or "
+                        'changes to the settings as JSON, e.g. \'{"t_min": 600, "steps": 25}\'')  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the scenarios")
+    parser.add_argument("--results", type=Path, default=Path("reproduce.jsonl"), help="(default: %(default)s)")
+    args = parser.parse_args()
+    model = TinyModel(args.model, args.dtype)
+    try:
+        rows = {method: (read_change(method, model), None) for method in args.methods}
+    except ValueError as error:
+        parser.error(f"--methods: {error}")
+    if args.what == "tables":
+        rows = TABLES
+
+    if args.what != "quality":
+        first, last = args.scenarios or SEEDS[args.what]
+        if args.jobs > 1:  # others measure a part of the scenarios each, this one then finds all results done
+            cuts = [first + (last - first) * i // args.jobs for i in range(args.jobs + 1)]
+            parts = [["--scenarios", str(a), str(b), "--jobs", "1"] for a, b in zip(cuts, cuts[1:]) if a < b]
+            command, alone = (
+                [sys.executable, "-m", "extras.measure.reproduce", *sys.argv[1:]],
+                os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            others = [
+                subprocess.Popen(
+                    command + part, stdout=subprocess.DEVNULL, env=alone | ({"TQDM_DISABLE": "1"} if i else {})
+                )
+                for i, part in enumerate(parts)  # the first one's progress bar stands for all
+            ]
+            if any([other.wait() for other in others]):
+                raise SystemExit(1)
+
+    done = dict(map(json.loads, args.results.read_text().splitlines())) if args.results.exists() else {}
+
+    def keep(key, value):
+        done[key] = json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+        with args.results.open("a") as file:
+            file.write(json.dumps([key, done[key]]) + "\n")
+
+    if args.what == "quality":
+        quality(model, args.clips, done, keep)
+    else:
+        compare(model, range(first, last), rows, done, keep)
+
+
+if __name__ == "__main__":
+    main()

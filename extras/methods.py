@@ -1,0 +1,51 @@
+"""The methods that the demo and the measurements offer. A new one is a class in a file of its own and a line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from backbones import in_batches
+from extras.baselines import Method, Plan
+from extras.baselines.fifo import Fifo
+from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refine_levels, syncos
+
+
+@dataclass(frozen=True)
+class SynCoS:
+    """The paper's method, its ablations, and what else its three stages give. See `extras.baselines.Method`."""
+
+    settings: Settings
+
+    def check(self, plan: Plan) -> None:
+        pass
+
+    def steps(self, plan: Plan) -> int:
+        return len(plan.levels) - 1
+
+    def evaluations(self, plan: Plan, steps: int) -> int:
+        return count_evaluations(plan.levels[: steps + 1], plan.windows, self.settings)
+
+    def describe(self, plan: Plan) -> str:
+        s, levels = self.settings, plan.levels
+        refined = [x for i, x in enumerate(levels[:-1]) if x.alpha > 0 and refine_levels(i, levels, s)]
+        if not refined:
+            return f"stage 2 never runs: no timestep is above t_min = {s.t_min:g}" if s.refine else ""
+        return (
+            f"stage 2 above t = {s.t_min:g}, in {len(refined)} steps, down to alpha/sigma = "
+            f"{refined[-1].alpha / refined[-1].sigma:.2g}: {s.csd_iters} iterations of "
+            f"{min(s.csd_batch, len(plan.windows))} windows, learning rate {s.csd_lr:g}"
+        )
+
+    def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
+        predict_x0 = in_batches(backbone.predict_x0, plan.recipe.window_batch, done)
+        prompts = [plan.texts[event] for event in plan.events]
+        return syncos(
+            predict_x0, latents, plan.levels, plan.windows, prompts, self.settings, generator, callback, start, x0
+        )
+
+
+METHODS: dict[str, Callable[[Settings], Method]] = {  # from the settings that the user chose
+    "syncos": SynCoS,
+    "gen-l-video": lambda settings: SynCoS(replace(settings, **GEN_L_VIDEO)),
+    "stage-2-alone": lambda settings: SynCoS(replace(settings, **STAGE_2_ALONE)),
+    "fifo": lambda settings: Fifo(),
+}

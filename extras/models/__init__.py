@@ -1,0 +1,31 @@
+"""All backbones by name: those of backbones.py and the further ones of this folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from backbones import COGVIDEOX_2B, COGVIDEOX_5B, OPENSORA_PLAN, TINY, Recipe
+from extras.models.videocrafter2 import VIDEOCRAFTER2
+from extras.models.wan import WAN
+
+RECIPES = {
+    "tiny": TINY,
+    "cogvideox": COGVIDEOX_2B,
+    "cogvideox-5b": COGVIDEOX_5B,
+    "opensora-plan": OPENSORA_PLAN,
+    "wan": WAN,
+    "videocrafter2": VIDEOCRAFTER2,
+}
+
+
+def get_recipe(name: str, model: str | None = None) -> Recipe:
+    """The recipe of a backbone; for a `model` other than its own, with that model's window and schedule.
+
+    Raises ValueError if the backbone or the model does not exist. Loads no weights.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"The backbone {name} is unknown; choose one of {', '.join(RECIPES)}.")
+    recipe = RECIPES[name]
+    if model is None and not Path(recipe.model).is_dir():  # the released model: known without asking the hub
+        return recipe
+    model = model or recipe.model
+    return replace(recipe, model=model, **recipe.backbone.inspect(model))
