@@ -1,97 +1,153 @@
-"""Tiny CogVideoX pipelines with random weights, sincos (like 2B) and rotary (like 5B): 16x32 pixels, 5 latents."""
+"""Folders of tiny models with random weights, laid out like the released ones."""
 
+import json
 import os
 
+import accelerate
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from diffusers import AutoencoderKL
+from helpers import (
+    TINY_RELEASE,
+    OpenClip,
+    golden,
+    make_golden,
+    make_pipeline,
+    make_tokenizer,
+    make_wan,
+    official_vae_state,
+    randomize,
+)
+from transformers import MT5Config, MT5EncoderModel
 
-torch.set_num_threads(1)  # the tensors are tiny; more threads only get in each other's way,
+from extras.models import videocrafter2
+from extras.ports.opensora_plan import OpenSoraT2V_v1_3, WFVAEDecoder
+
+torch.set_num_threads(1)  # the tensors are tiny: more threads only get in each other's way,
 os.environ["OMP_NUM_THREADS"] = "1"  # also in programs that tests start
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, so that no process waits for it in the end."""
+    """The longest first, so that no process waits for it at the end."""
     items.sort(key=lambda item: item.name not in ("test_runs_from_a_clean_kernel", "test_torchrun"))
 
 
-WORDS = "a red fox it runs jumps sleeps and looks around .".split()
+@pytest.fixture(params=["none", "model", "sequential"])
+def offload(request, monkeypatch):
+    """With the CPU as the device, which diffusers calls cpu:0; for sequential offload that is not the CPU."""
+    hook = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: hook(model, "cpu", **options))
+    return request.param
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
-def make_pipeline(rotary: bool) -> CogVideoXPipeline:
-    torch.manual_seed(0)
-    pipe = CogVideoXPipeline(
-        tokenizer=make_tokenizer(),
-        text_encoder=T5EncoderModel(T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
-        vae=AutoencoderKLCogVideoX(
-            down_block_types=("CogVideoXDownBlock3D",) * 4,
-            up_block_types=("CogVideoXUpBlock3D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            latent_channels=4,
-            layers_per_block=1,
-            norm_num_groups=2,
-            sample_height=64,  # tiles are half of this: 4 x 4 latents
-            sample_width=64,
-            scaling_factor=0.7,
-        ),
-        transformer=CogVideoXTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=4,
-            time_embed_dim=8,
-            text_embed_dim=16,
-            num_layers=2,
-            sample_width=4,
-            sample_height=2,
-            sample_frames=17,
-            max_text_seq_length=12,
-            use_rotary_positional_embeddings=rotary,
-        ),
-        scheduler=CogVideoXDDIMScheduler(
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            timestep_spacing="trailing",
-            snr_shift_scale=3.0,
-        ),
-    )
-    for model in (pipe.transformer, pipe.text_encoder):
-        for p in model.parameters():  # no parameter at its default: biases and gates count too
-            torch.nn.init.normal_(p, std=0.15)
-    return pipe.to("cpu")
-
-
-def save_pipeline(kind: str, tmp_path_factory) -> str:
-    """A folder as CogVideoXPipeline.save_pretrained writes it."""
-    folder = tmp_path_factory.mktemp(kind)
-    make_pipeline(rotary=kind == "rotary").save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session", params=["sincos", "rotary"])
-def pipeline_folder(request, tmp_path_factory):
-    return save_pipeline(request.param, tmp_path_factory)
+# ----------------------------------------------------------------------------------------------------------------------
+# CogVideoX and Wan: folders as diffusers' save_pretrained writes them
 
 
 @pytest.fixture(scope="session")
 def sincos_folder(tmp_path_factory):
-    """For the program, to which both are alike."""
-    return save_pipeline("sincos", tmp_path_factory)
+    """For the program, to which both kinds are alike."""
+    folder = tmp_path_factory.mktemp("sincos")
+    make_pipeline(rotary=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rotary_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rotary")
+    make_pipeline(rotary=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(params=["sincos", "rotary"])
+def pipeline_folder(request):
+    return request.getfixturevalue(f"{request.param}_folder")
 
 
 @pytest.fixture
 def base(sincos_folder, tmp_path):
-    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows."""
+    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows, 2 events."""
     words = f"--backbone cogvideox --model {sincos_folder} --device cpu --num_frames 33 --num_inference_steps 4"
     words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
     return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    make_wan().save_pretrained(folder)
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Open-Sora Plan: the networks of the golden data
+
+
+@pytest.fixture(scope="session")
+def transformer():
+    return make_golden(OpenSoraT2V_v1_3, "dit_tiny")
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    return make_golden(WFVAEDecoder, "vae_tiny", "sd.decoder.")
+
+
+@pytest.fixture(scope="session")
+def decoder_state(decoder):
+    """The state of a released checkpoint: encoder, an early decoder, then the one that counts."""
+    state = {"encoder.conv_in.conv.weight": torch.zeros(2, 2)}
+    state |= {f"decoder.{k}": torch.full_like(v, 9.0) for k, v in decoder.state_dict().items()}
+    state |= {k: v for k, v in golden("vae_tiny")[0].items() if k.startswith("buf.")}
+    state["decoder.inverse_wavelet_tranform_l1.aa"] = torch.ones(2, 2)
+    return state | {f"module.decoder.{k}": v for k, v in decoder.state_dict().items()}
+
+
+@pytest.fixture
+def opensora_release(tmp_path, transformer, decoder_state):
+    folder = tmp_path / "any93x640x640"
+    transformer.save_pretrained(folder, max_shard_size="200KB")
+    extra = dict(decay=0.9999, update_after_step=0, use_ema_warmup=False)  # keys of the release that no class takes
+    config = json.loads((folder / "config.json").read_text()) | golden("dit_tiny")[1]["config"] | extra
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(golden("vae_tiny")[1]["config"]))
+    torch.save({"ema_state_dict": decoder_state}, tmp_path / "vae" / "merged.ckpt")
+    text = MT5EncoderModel(MT5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    text.save_pretrained(tmp_path / "mt5-xxl")
+    make_tokenizer().save_pretrained(tmp_path / "mt5-xxl")
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VideoCrafter2: one checkpoint of three networks
+
+
+@pytest.fixture(scope="session")
+def vae():
+    return randomize(AutoencoderKL(**TINY_RELEASE["vae"]), 0.2)
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return randomize(OpenClip(), 0.3)
+
+
+@pytest.fixture(scope="session")
+def videocrafter2_state(vae, clip):
+    """All that the official model.ckpt holds: three networks and the schedule's buffers."""
+    unet = {k.removeprefix("sd."): v.float() for k, v in golden("vc2_tiny")[0].items() if k.startswith("sd.")}
+    buffers = dict(betas=torch.zeros(1000), scale_arr=torch.ones(1400))
+    return unet | official_vae_state(vae) | clip.official_state() | buffers
+
+
+@pytest.fixture
+def videocrafter2_release(tmp_path, videocrafter2_state, monkeypatch):
+    """The release's sizes are the program's; here they are those of the tiny networks."""
+    for part, config in TINY_RELEASE.items():
+        monkeypatch.setitem(videocrafter2.RELEASE, part, config)
+    torch.save({"state_dict": videocrafter2_state}, tmp_path / "model.ckpt")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "</s>"  # like CLIP's, and unlike OpenCLIP's 0
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return tmp_path

@@ -1,24 +1,26 @@
 """The measures: against direct transcriptions, on videos with known answers, and the whole script on small networks."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from helpers import make_tokenizer, randn
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-import evaluate as E
+from extras.videos import write_tensors
 from syncos import make_windows
-from videos import write_tensors
+
+for package in ("scenedetect", "cv2", "matplotlib"):
+    pytest.importorskip(package, reason="the measures need extras/requirements.txt")
+
+from extras.measure import evaluate as E  # noqa: E402
 
 STORY = {"global": "a red fox", "local": ["it runs", "it jumps", "it sleeps"]}
 FRAMES = 81  # 21 latents: 3 windows of 13
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,18 +38,13 @@ def test_consistency_is_vbenchs_formula():
     assert E.consistency(features) == pytest.approx(total / 8, abs=1e-6)
 
 
-def test_drift_is_the_mean_over_pairs():
-    features = randn(6, 5)
-    for d, value in enumerate(E.drift(features), 1):
-        pairs = [torch.cosine_similarity(features[i], features[i + d], dim=0).item() for i in range(6 - d)]
-        assert value == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+def test_drift_and_fidelity_are_mean_cosines():
+    features, text, cosine = randn(6, 5), randn(5, seed=1), torch.nn.CosineSimilarity(dim=0)
     assert len(E.drift(features)) == 5
-
-
-def test_fidelity_is_a_mean_cosine():
-    features, text = randn(7, 5), randn(5, seed=1)
-    each = [torch.cosine_similarity(f, text, dim=0).item() for f in features]
-    assert E.fidelity(features, text) == pytest.approx(sum(each) / 7, abs=1e-6)
+    for d, value in enumerate(E.drift(features), 1):  # of all pairs d frames apart
+        pairs = [cosine(features[i], features[i + d]).item() for i in range(6 - d)]
+        assert value == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert E.fidelity(features, text) == pytest.approx(sum(cosine(f, text).item() for f in features) / 6, abs=1e-6)
 
 
 def test_seams_are_where_windows_begin_and_end():
@@ -97,43 +94,32 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(videos, networks):
-    options = [
-        "--story",
-        str(videos / "story.json"),
-        "--dino",
-        str(networks / "dino"),
-        "--device",
-        "cpu",
-        "--no_extras",
-    ]
-    for name in ("still", "drift", "cut", "noise"):
-        E.main([str(videos / f"{name}.mp4"), *options, "--clip", str(networks / "clip"), "--batch", "7"])
-    return {
-        name: json.loads((videos / f"{name}.scores.json").read_text()) for name in ("still", "drift", "cut", "noise")
-    }
+    names = ("still", "drift", "cut", "noise")
+    for name in names:
+        evaluate(videos, networks, name, "--no_extras", "--batch", "7")
+    return {name: json.loads((videos / f"{name}.scores.json").read_text()) for name in names}
+
+
+def evaluate(videos, networks, name, *words):
+    options = ["--story", videos / "story.json", "--dino", networks / "dino", "--clip", networks / "clip"]
+    E.main([str(word) for word in (videos / f"{name}.mp4", *options, "--device", "cpu", *words)])
 
 
 def test_known_videos_come_in_their_order(scores):
-    for measure in ("subject consistency", "background consistency"):
-        still, drifting, cut, noise = (scores[name][measure] for name in scores)
-        assert still > 0.99 and still > drifting > cut and drifting > noise, measure
-    still, drifting, cut, noise = (scores[name] for name in scores)
+    for name in ("subject consistency", "background consistency"):
+        still, drifting, cut, noise = (each[name] for each in scores.values())
+        assert still > 0.99 and still > drifting > cut and drifting > noise, name
+    still, drifting, cut, noise = scores.values()
     assert still["motion"] < drifting["motion"] < cut["motion"] < noise["motion"]
     assert [s["scenes"] for s in (still, drifting, cut)] == [1, 1, 2]
     assert all(s["frames"] == FRAMES and len(s["drift"]) == FRAMES - 1 for s in scores.values())
-
-
-def test_drift_shows_what_the_average_of_neighbours_hides(scores):
-    curve = scores["drift"]["drift"]
-    assert curve[0] > 0.99 and curve[0] > curve[20] > curve[-1]
-    cut = scores["cut"]["drift"]
-    assert cut[0] > cut[20] > cut[-1] and cut[-1] < 0.9
+    a, b = drifting["drift"], cut["drift"]  # they show what the average of neighbours hides
+    assert a[0] > 0.99 and a[0] > a[20] > a[-1] and b[0] > b[20] > b[-1] and b[-1] < 0.9
 
 
 def test_a_cut_at_a_join_is_a_seam(videos):
-    frames, _ = E.read_frames(videos / "cut.mp4")
     watch = E.Watch()
-    for frame in frames:
+    for frame in E.read_frames(videos / "cut.mp4")[0]:
         watch(frame)
     assert np.argmax(watch.differences) == 29
     assert E.seam_ratio(watch.differences, [30]) > 50 and E.seam_ratio(watch.differences, [20]) < 2
@@ -156,34 +142,24 @@ def test_smoothness_is_vbenchs_formula_by_a_line(videos, scores):
     assert still > 0.999 and drifting > 0.99 and noise < 0.8
 
 
-def slide(speed, frames=17, side=64):
-    """A picture that moves to the right, `speed` pixels a frame, and a flow that knows it."""
-    video = torch.stack([randn(3, side, side).roll(speed * i, dims=2) for i in range(frames)])
-    return video, lambda a, b: torch.stack([torch.full((side, side), float(speed)), torch.zeros(side, side)])
-
-
 @pytest.mark.parametrize("speed, moves", [(0, 0), (1, 0), (2, 1)])
 def test_dynamic_degree_is_vbenchs_formula(speed, moves):
     """6 pixels of 256 are 1.5 of 64. At 16 frames a second every second frame counts; batches do not matter."""
-    video, flow = slide(speed)
+    flow = lambda a, b: torch.tensor([float(speed), 0]).view(2, 1, 1).expand(2, 64, 64)  # noqa: E731
     for fps, batch, pairs in ((8, 17, 16), (8, 5, 16), (16, 4, 8)):
         measure = E.DynamicDegree(flow)
-        for frames in video.split(batch):
+        for frames in randn(17, 3, 64, 64).split(batch):
             measure(frames, fps)
         assert measure.value == moves and len(measure.lengths) == pairs
 
 
 def test_dynamic_degree_wants_a_quarter_of_the_video_and_sees_small_objects():
     """17 frames: 4 of 16 pairs must move. 5 % of the picture decide."""
-    flows = iter([10.0] * 3 + [0.0] * 13 + [10.0] * 4 + [0.0] * 12)
-
-    def flow(a, b):
-        field = torch.zeros(2, 64, 64)
-        field[0, :4, :52] = next(flows)  # 208 of 4096 pixels; 204 count
-        return field
-
-    for value in (0, 1):
-        measure = E.DynamicDegree(flow)
+    for moving, value in ((3, 0), (4, 1)):
+        flows = torch.zeros(16, 2, 64, 64)
+        flows[:moving, 0, :4, :52] = 10  # 208 of 4096 pixels; 204 count
+        flow = iter(flows)
+        measure = E.DynamicDegree(lambda a, b, flow=flow: next(flow))
         measure(randn(17, 3, 64, 64), 8)
         assert measure.value == value
 
@@ -198,44 +174,44 @@ def test_aesthetic_quality_is_the_heads_line_on_normed_features(networks, tmp_pa
     assert measure.value == pytest.approx(sum(each) / 5 / 10, abs=1e-5)
 
 
-def test_raft_and_musiq_take_random_weights(tmp_path):
-    """Where the extra libraries are installed."""
-    flow = pytest.importorskip("torchvision.models.optical_flow")
-    torch.save(flow.raft_large(weights=None).state_dict(), tmp_path / "raft.pth")
-    measure = E.load_flow(str(tmp_path / "raft.pth"), "cpu")
-    measure(torch.rand(2, 3, 130, 150, generator=torch.Generator().manual_seed(0)), 8)
-    assert len(measure.lengths) == 1 and measure.lengths[0] > 0
-    with pytest.raises(ValueError, match="at least 128 x 128"):
-        E.load_flow(str(tmp_path / "raft.pth"), "cpu")(torch.rand(2, 3, 64, 64), 8)
-    musiq = pytest.importorskip("pyiqa.archs.musiq_arch").MUSIQ(pretrained=False)
-    torch.save(musiq.state_dict(), tmp_path / "musiq.pth")
-    measure = E.load_imaging(str(tmp_path / "musiq.pth"), "cpu")
-    measure(torch.rand(2, 3, 96, 640), 8)
-    assert len(measure.scores) == 2
+def test_raft_sees_whole_blocks_and_musiq_small_pictures(tmp_path, monkeypatch):
+    """With stand-ins for torchvision and pyiqa, which nothing else here needs."""
+    seen, weights = [], str(tmp_path / "weights.pth")
+    raft, musiq = torch.nn.Identity(), lambda x: seen.append(x.shape) or x.mean((1, 2, 3))
+    raft.forward = lambda a, b, num_flow_updates: seen.append(a.shape) or [(b - a)[:, :2]]
+    flows = SimpleNamespace(raft_large=lambda weights: raft, Raft_Large_Weights=None)
+    monkeypatch.setitem(sys.modules, "torchvision.models.optical_flow", flows)
+    monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=lambda *_, **__: musiq))
+    torch.save({}, weights)
+    frames = torch.zeros(2, 3, 130, 150)
+    frames[1] = 0.5
+    (flow := E.load_flow(weights, "cpu"))(frames, 8), (imaging := E.load_imaging(None, "cpu"))(frames, 8)
+    assert flow.lengths == [pytest.approx(2**0.5)]  # pixels from -1 to 1, so the stand-in's flow is (1, 1)
+    imaging(torch.ones(2, 3, 96, 640), 8)
+    assert seen == [(1, 3, 136, 152), (2, 3, 130, 150), (2, 3, 77, 512)]
+    assert imaging.value == pytest.approx((0 + 0.5 + 1 + 1) / 4 / 100)
+    with pytest.raises(ValueError, match="128"):
+        E.load_flow(weights, "cpu")(frames[..., :64], 8)
 
 
 def test_what_is_not_there_is_left_out_with_a_line(videos, networks, tmp_path, monkeypatch, capsys):
-    """No library, no weights, frames too small: one line each, no measure, the others as ever."""
+    """No library, no weights, frames too small: one line each, no such measure, all others."""
 
-    def no_library(weights, device):
-        raise ImportError(name="pyiqa")
+    def fail(error):
+        raise error
 
-    def no_weights(weights, device):
-        raise OSError("no route to host")
-
-    def small(a, b):
-        raise ValueError("too small.")
-
-    extras = dict(zip(E.EXTRAS, (lambda *_: E.DynamicDegree(small), no_weights, no_library)))
+    extras = {
+        "dynamic degree": lambda *_: E.DynamicDegree(lambda a, b: fail(ValueError("too small."))),
+        "aesthetic quality": lambda *_: fail(OSError("no route to host")),
+        "imaging quality": lambda *_: fail(ImportError(name="pyiqa")),
+    }
+    assert list(E.EXTRAS) == list(extras)
     monkeypatch.setattr(E, "EXTRAS", extras)
-    options = ["--story", str(videos / "story.json"), "--dino", str(networks / "dino"), "--device", "cpu"]
-    path = tmp_path / "scores.json"
-    E.main([str(videos / "cut.mp4"), *options, "--clip", str(networks / "clip"), "--output_path", str(path)])
+    evaluate(videos, networks, "cut", "--output_path", tmp_path / "scores.json")
     out = capsys.readouterr().out.splitlines()
-    assert "aesthetic quality: left out, for its weights cannot be loaded: no route to host" in out
-    assert "imaging quality: left out, for there is no pyiqa: pip install pyiqa torchvision" in out
-    assert "dynamic degree: left out: too small." in out
-    scores = json.loads(path.read_text())
+    for name, reason in zip(extras, ("too small", "no route to host", "pyiqa")):
+        assert [line for line in out if line.startswith(name) and reason in line]
+    scores = json.loads((tmp_path / "scores.json").read_text())
     assert not set(extras) & set(scores) and scores["motion"] > 0
 
 
@@ -262,7 +238,7 @@ def test_the_plane_shows_distances_as_they_are():
 
 
 def test_trajectories_are_drawn(tmp_path, capsys):
-    trace = {name: randn(4, 9, 6, seed=i) for i, name in enumerate(("gen-l-video", "csd", "syncos"))}
+    trace = {name: randn(4, 9, 6, seed=i) for i, name in enumerate(("gen-l-video", "stage-2-alone", "syncos"))}
     write_tensors(tmp_path / "trace.safetensors", "trace", trace, dict(num_frames=33))
     E.main(["--trajectories", str(tmp_path / "trace.safetensors")])
     picture = imageio.imread(tmp_path / "trace.png")
@@ -270,4 +246,4 @@ def test_trajectories_are_drawn(tmp_path, capsys):
     write_tensors(tmp_path / "latents.safetensors", "latents", trace, {})
     with pytest.raises(SystemExit) as stop:
         E.main(["--trajectories", str(tmp_path / "latents.safetensors")])
-    assert stop.value.code == 2 and "holds no trace" in capsys.readouterr().err
+    assert stop.value.code == 2 and "trace" in capsys.readouterr().err

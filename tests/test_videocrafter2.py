@@ -1,134 +1,18 @@
 """VideoCrafter2 against the official code's outputs (tests/data, random weights), and its loading."""
 
-import json
-import re
-from pathlib import Path
-
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
-from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors import safe_open
-from torch import nn
+from diffusers import UNet3DConditionModel
+from helpers import Attack, call, frames_of, golden, make_tokenizer, maxdiff, randn, rng
 
-import demo
-from backbones import RECIPES, VideoCrafter2, get_recipe
-from backbones.base import to_uint8
-from models import videocrafter2
-from models.videocrafter2 import load_part, unet_key
-from syncos import METHODS, Level, Settings, syncos, to_x0
+from backbones import COGVIDEOX_2B, to_uint8
+from extras.models import get_recipe, videocrafter2
+from extras.models.videocrafter2 import VIDEOCRAFTER2, VideoCrafter2, load_part, unet_key
+from syncos import GEN_L_VIDEO, Level, Settings, syncos, to_x0
 
-with safe_open(Path(__file__).parent / "data" / "vc2_tiny.safetensors", "pt") as file:
-    GOLDEN = {key: file.get_tensor(key) for key in file.keys()}
-    UNET = json.loads(file.metadata()["config"])
-LAYERS, WIDTH, VOCABULARY = 24, 24, 16  # of the official text encoder: all its layers, narrow
-VAE = dict(videocrafter2.RELEASE["vae"], block_out_channels=[8, 8, 16, 16], layers_per_block=1, norm_num_groups=4)
-TEXT = dict(videocrafter2.RELEASE["text_encoder"], vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48,
-            num_attention_heads=2, bos_token_id=2, eos_token_id=1)  # fmt: skip
-
-
-def maxdiff(a, b):
-    assert a.shape == b.shape
-    return (a - b).abs().max().item()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(model, std):
-    """No parameter at its default: norms and biases count too."""
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=std, generator=generator)
-    return model.requires_grad_(False).eval()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A release of the official layout, with tiny random networks
-
-
-class OpenClip(nn.Module):
-    """OpenCLIP's text tower of torch's own layers; `penultimate` is what VideoCrafter2 reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Parameter(torch.zeros(77, WIDTH))
-        layer = lambda: nn.TransformerEncoderLayer(WIDTH, 2, 48, 0.0, "gelu", batch_first=True, norm_first=True)  # noqa: E731
-        self.layers, self.norm = nn.ModuleList(layer() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
-
-    def penultimate(self, ids):
-        x, mask = self.embed(ids) + self.positions, torch.full((77, 77), -torch.inf).triu(1)
-        for layer in self.layers[:-1]:
-            x = layer(x, mask)
-        return self.norm(x)
-
-    def official_state(self):
-        names = {"embed": "token_embedding", "positions": "positional_embedding", "norm": "ln_final",
-                 "layers": "transformer.resblocks", "self_attn": "attn", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj",
-                 "norm1": "ln_1", "norm2": "ln_2"}  # fmt: skip
-        state = {".".join(names.get(w, w) for w in k.split(".")): v for k, v in self.state_dict().items()}
-        state |= {"text_projection": torch.zeros(WIDTH, WIDTH), "logit_scale": torch.ones(())}
-        return {f"cond_stage_model.model.{k}": v for k, v in state.items()}
-
-
-def official_vae_state(vae):
-    """AutoencoderKL's parameters by their names in latent diffusion's code."""
-    rules = [
-        (r"up_blocks\.(\d)", lambda m: f"up.{3 - int(m[1])}"),
-        (r"down_blocks", "down"),
-        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-        (r"mid_block\.attentions\.0", "mid.attn_1"),
-        (r"resnets", "block"),
-        (r"(up|down)samplers\.0", r"\1sample"),
-        (r"conv_shortcut", "nin_shortcut"),
-        (r"conv_norm_out", "norm_out"),
-        (r"group_norm", "norm"),
-        (r"to_out\.0", "proj_out"),
-        (r"to_(q|k|v)\b", r"\1"),
-    ]
-    state = {}
-    for key, value in vae.state_dict().items():
-        for rule, name in rules:
-            key = re.sub(rule, name, key)
-        state[f"first_stage_model.{key}"] = value[:, :, None, None] if "attn_1" in key and value.ndim == 2 else value
-    return state
-
-
-@pytest.fixture(scope="module")
-def vae():
-    return randomize(AutoencoderKL(**VAE), 0.2)
-
-
-@pytest.fixture(scope="module")
-def clip():
-    return randomize(OpenClip(), 0.3)
-
-
-@pytest.fixture(autouse=True)
-def tiny_networks(monkeypatch):
-    """The release's sizes are the program's; here they are the golden data's."""
-    for part, config in dict(unet=UNET, vae=VAE, text_encoder=TEXT).items():
-        monkeypatch.setitem(videocrafter2.RELEASE, part, config)
-
-
-@pytest.fixture(scope="module")
-def state(vae, clip):
-    """All that the official model.ckpt holds: three networks and the schedule's buffers."""
-    state = {k.removeprefix("sd."): v.float() for k, v in GOLDEN.items() if k.startswith("sd.")}
-    buffers = dict(betas=torch.zeros(1000), scale_arr=torch.ones(1400))
-    return state | official_vae_state(vae) | clip.official_state() | buffers
-
-
-@pytest.fixture
-def release(tmp_path, state):
-    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "</s>"  # like CLIP's, and unlike OpenCLIP's 0
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    return tmp_path
+GOLDEN = golden("vc2_tiny")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,10 +20,10 @@ def release(tmp_path, state):
 
 
 @pytest.mark.parametrize("fps", [28, 8])
-def test_unet_is_the_official_one(release, monkeypatch, fps):
+def test_unet_is_the_official_one(videocrafter2_release, monkeypatch, fps):
     if fps != 28:  # the release's
         monkeypatch.setattr(videocrafter2, "FPS", fps)
-    unet = load_part("unet", release / "model.ckpt", torch.float32)
+    unet = load_part("unet", videocrafter2_release / "model.ckpt", torch.float32)
     for case in ("a", "b"):
         with torch.no_grad():
             out = unet(*(GOLDEN[f"{case}.{name}"] for name in ("x", "t", "context"))).sample
@@ -147,7 +31,7 @@ def test_unet_is_the_official_one(release, monkeypatch, fps):
 
 
 def test_released_unet_has_the_official_names():
-    """At full size, without memory: four levels and all kinds of places."""
+    """At full size, without memory: four levels and all kinds of layers."""
     with torch.device("meta"):
         own = UNet3DConditionModel().state_dict().keys()
     names = {
@@ -163,9 +47,9 @@ def test_released_unet_has_the_official_names():
     assert {k: unet_key(k, 2) for k in names} == names and set(names.values()) <= own
 
 
-def test_text_is_openclips_penultimate_layer(release, clip):
-    backbone = VideoCrafter2(str(release))
-    with pytest.warns(UserWarning, match='reads 77 tokens, so it does not see "jumps sleeps"'):
+def test_text_is_openclips_penultimate_layer(videocrafter2_release, clip):
+    backbone = VideoCrafter2(str(videocrafter2_release))
+    with pytest.warns(UserWarning, match="jumps sleeps"):
         backbone.encode(["a red fox", "it " * 75 + "runs jumps sleeps"])
     word = lambda w: make_tokenizer().get_vocab()[w]  # noqa: E731
     for text, ids in {
@@ -176,8 +60,8 @@ def test_text_is_openclips_penultimate_layer(release, clip):
         assert maxdiff(backbone.texts[text][0], clip.penultimate(torch.tensor([ids]))[0]) < 2e-5
 
 
-def test_frames_are_the_autoencoders(release, vae):
-    backbone = VideoCrafter2(str(release))
+def test_frames_are_the_autoencoders(videocrafter2_release, vae):
+    backbone = VideoCrafter2(str(videocrafter2_release))
     backbone.load(decoder_only=True)
     loaded, seen = backbone.pipe.vae, []
     assert all(torch.equal(v, vae.state_dict()[k]) for k, v in loaded.state_dict().items())
@@ -189,9 +73,9 @@ def test_frames_are_the_autoencoders(release, vae):
     assert np.abs(frames.astype(int) - expected).max() <= 1  # rounding at a uint8 border
 
 
-def test_predict_x0_is_the_official_networks(release):
+def test_predict_x0_is_the_official_networks(videocrafter2_release):
     x, t, context, eps = (GOLDEN[f"b.{name}"] for name in ("x", "t", "context", "fps28.output"))  # B C T H W
-    backbone = VideoCrafter2(str(release), guidance_scale=1.0)
+    backbone = VideoCrafter2(str(videocrafter2_release), guidance_scale=1.0)
     backbone.load()
     backbone.texts, backbone.at = {"a fox": (context[0],)}, {t.item(): Level(t.item(), 0.6, 0.7)}
     x0 = backbone.predict_x0(x.transpose(1, 2), t.item(), ["a fox"])
@@ -199,37 +83,33 @@ def test_predict_x0_is_the_official_networks(release):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The walk
+# The schedule
 
 
-def test_the_walk_is_the_official_ddim():
+def test_the_schedule_is_the_official_ddim():
     """The official sampler's timesteps, levels and, with eps = tanh(0.8 x + t / 1000), its sample."""
-    recipe = RECIPES["videocrafter2"]
-    levels = recipe.backbone.make_levels(recipe.scheduler, 50)
+    levels = VideoCrafter2.make_levels(VIDEOCRAFTER2.scheduler, 50)
     assert [level.t for level in levels] == [*GOLDEN["ddim.timesteps"].tolist(), -1]
     assert maxdiff(torch.tensor([level.alpha for level in levels]), GOLDEN["ddim.alpha"]) < 1e-6
     assert maxdiff(torch.tensor([level.sigma for level in levels]), GOLDEN["ddim.sigma"]) < 1e-6
 
     at = {level.t: level for level in levels}
     predict_x0 = lambda x, t, prompts: to_x0(torch.tanh(0.8 * x + t / 1000), x, at[t], "epsilon")  # noqa: E731
-    noise = GOLDEN["ddim.x_T"][0].transpose(0, 1)
-    settings = Settings(stride=3, **METHODS["gen-l-video"])
-    sample = syncos(predict_x0, noise, levels, [slice(0, 3)], [""], settings, torch.Generator())
+    noise, settings = GOLDEN["ddim.x_T"][0].transpose(0, 1), Settings(stride=3, **GEN_L_VIDEO)
+    sample = syncos(predict_x0, noise, levels, [slice(0, 3)], [""], settings, rng())
     assert maxdiff(sample, GOLDEN["ddim.sample"][0].transpose(0, 1)) < 1e-4  # of 35
 
 
-def test_recipe():
-    recipe = RECIPES["videocrafter2"]
-    above = [x for x in recipe.backbone.make_levels(recipe.scheduler, 999) if x.t > recipe.settings.t_min]
-    cog = RECIPES["cogvideox"]
-    paper = [x for x in cog.backbone.make_levels(cog.scheduler, 1000) if x.t > 800]
+def test_t_min_and_sizes():
+    above = [x for x in VideoCrafter2.make_levels(VIDEOCRAFTER2.scheduler, 999) if x.t > VIDEOCRAFTER2.settings.t_min]
+    paper = [x for x in COGVIDEOX_2B.backbone.make_levels(COGVIDEOX_2B.scheduler, 1000) if x.t > 800]
     assert above[-1].alpha / above[-1].sigma == pytest.approx(paper[-1].alpha / paper[-1].sigma, rel=0.01)
-    assert VideoCrafter2.resize(recipe, 256, 320, 8).latent == (4, 32, 40)
-    with pytest.raises(ValueError, match="multiples of 64"):
-        VideoCrafter2.resize(recipe, 320, 500, 16)
-    with pytest.raises(ValueError, match="at most 999 steps"):
-        recipe.backbone.make_levels(recipe.scheduler, 1000)
-    with pytest.raises(ValueError, match="decodes frame by frame"):
+    assert VideoCrafter2.resize(VIDEOCRAFTER2, 256, 320, 8).latent == (4, 32, 40)
+    with pytest.raises(ValueError, match="64"):
+        VideoCrafter2.resize(VIDEOCRAFTER2, 320, 500, 16)
+    with pytest.raises(ValueError, match="999"):
+        VideoCrafter2.make_levels(VIDEOCRAFTER2.scheduler, 1000)
+    with pytest.raises(ValueError, match="--vae_tiling"):
         VideoCrafter2("model", tiling=True)
 
 
@@ -237,55 +117,46 @@ def test_recipe():
 # Loading
 
 
-@pytest.mark.parametrize(
-    "part, key", [("unet", "model.diffusion_model.middle_block.0.in_layers.0.bias"),
-                  ("unet", "model.diffusion_model.fps_embedding.0.weight"),
-                  ("vae", "first_stage_model.decoder.conv_out.bias"),
-                  ("text_encoder", "cond_stage_model.model.transformer.resblocks.3.ln_1.bias")],
-)  # fmt: skip
-def test_every_key_counts(release, state, part, key):
-    path = release / "model.ckpt"
-    state = {k: v for k, v in state.items() if k.startswith(videocrafter2.PREFIXES[part])}
-    for change, message in (
-        ({key: None}, "1 missing keys"),
-        ({key: torch.zeros(7)}, r"1 mismatched keys, first .* \(7,\)"),
-        (
-            {f"{videocrafter2.PREFIXES[part]}model.more.weight": torch.zeros(7)},
-            "1 unexpected keys, first .*more.weight",
-        ),
-        ({"another.weight": torch.zeros(7)}, "1 unexpected keys, first another.weight"),
-    ):
-        torch.save({"state_dict": {k: v for k, v in (state | change).items() if v is not None}}, path)
-        with pytest.raises(ValueError, match=f"{path} does not fit the model: {message}"):
-            load_part(part, path, torch.float32)
+@pytest.mark.parametrize("part, key, value, what", [
+    ("unet", "fps_embedding.0.weight", None, "missing"),
+    ("unet", "middle_block.0.in_layers.0.bias", torch.zeros(7), "mismatched"),
+    ("unet", "more.weight", torch.zeros(7), "unexpected"),
+    ("vae", "decoder.conv_out.bias", None, "missing"),
+    ("vae", "model.more.weight", torch.zeros(7), "unexpected"),
+    ("text_encoder", "model.transformer.resblocks.3.ln_1.bias", None, "missing"),
+    ("text_encoder", "model.more.weight", torch.zeros(7), "unexpected"),
+])  # fmt: skip
+def test_every_key_counts(videocrafter2_release, videocrafter2_state, part, key, value, what):
+    path, prefix = videocrafter2_release / "model.ckpt", videocrafter2.PREFIXES[part]
+    state = {k: v for k, v in videocrafter2_state.items() if k.startswith(prefix)} | {prefix + key: value}
+    torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}}, path)
+    with pytest.raises(ValueError, match=f"{path} .*1 {what}"):
+        load_part(part, path, torch.float32)
 
 
-def test_what_is_no_release_is_refused(release, tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return Path.touch, (release / "owned",)
-
-    torch.save({"state_dict": Attack()}, release / "model.ckpt")
-    for content in (None, b"not a torch file"):
-        if content:
-            (release / "model.ckpt").write_bytes(content)
-        with pytest.raises(ValueError, match="tensors and nothing else"):
-            VideoCrafter2(str(release)).load()
-    assert not (release / "owned").exists()
-    torch.save([torch.zeros(1)], release / "model.ckpt")
-    with pytest.raises(ValueError, match="holds a list, not tensors by name"):
-        VideoCrafter2(str(release)).load()
-    (release / "model.ckpt").unlink()
-    for model in (release, tmp_path / "nothing"):
-        with pytest.raises(ValueError, match="is no VideoCrafter2: neither a model.ckpt"):
-            get_recipe("videocrafter2", str(model))
-    with pytest.raises(ValueError, match=f"Cannot load {release}: .* has neither"):
-        VideoCrafter2(str(release)).load()
+def test_other_files_are_refused(videocrafter2_release, videocrafter2_state, tmp_path):
+    path, model = videocrafter2_release / "model.ckpt", str(videocrafter2_release)
+    torch.save({"state_dict": videocrafter2_state | {"another.weight": torch.zeros(7)}}, path)
+    with pytest.raises(ValueError, match="another.weight"):
+        load_part("vae", path, torch.float32)
+    torch.save({"state_dict": Attack(videocrafter2_release / "owned")}, path)
+    with pytest.raises(ValueError, match="tensors"):
+        VideoCrafter2(model).load()
+    assert not (videocrafter2_release / "owned").exists()
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(ValueError, match="list"):
+        VideoCrafter2(model).load()
+    path.unlink()
+    for missing in (model, str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match="VideoCrafter2"):
+            get_recipe("videocrafter2", missing)
+    with pytest.raises(ValueError, match=model):
+        VideoCrafter2(model).load()
 
 
-def test_a_folder_in_diffusers_format(release, tmp_path):
+def test_a_folder_in_diffusers_format(videocrafter2_release, tmp_path):
     names = dict(transformer="unet", vae="vae", text_encoder="text_encoder", tokenizer="tokenizer")
-    ours = VideoCrafter2(str(release)).load_pipe(*names)
+    ours = VideoCrafter2(str(videocrafter2_release)).load_pipe(*names)
     for name, folder in names.items():
         getattr(ours, name).save_pretrained(tmp_path / "diffusers" / folder)
     assert get_recipe("videocrafter2", str(tmp_path / "diffusers")).window == 16
@@ -297,17 +168,17 @@ def test_a_folder_in_diffusers_format(release, tmp_path):
         assert not getattr(theirs, name).training
     backbone.encode(["a red fox"])
 
-    from_file = VideoCrafter2(str(release / "model.ckpt")).load_pipe("vae")  # the file alone
+    from_file = VideoCrafter2(str(videocrafter2_release / "model.ckpt")).load_pipe("vae")  # the file alone
     assert all(torch.equal(v, from_file.vae.state_dict()[k]) for k, v in ours.vae.state_dict().items())
     ours.transformer.fps_embedding = torch.nn.Linear(1, 1)
     ours.transformer.save_pretrained(tmp_path / "diffusers" / "unet")
-    with pytest.raises(ValueError, match="unet does not fit the model: 2 unexpected keys, first fps_embedding.bias"):
+    with pytest.raises(ValueError, match="2 unexpected .*fps_embedding.bias"):
         backbone.load()
 
 
-def test_half_precision_and_dropout(release):
+def test_half_precision_and_dropout(videocrafter2_release):
     """The temporal convolutions have dropout, which a model made by its constructor would use."""
-    backbone = VideoCrafter2(str(release), dtype=torch.bfloat16)
+    backbone = VideoCrafter2(str(videocrafter2_release), dtype=torch.bfloat16)
     backbone.encode(["a red fox"])
     backbone.load()
     backbone.levels(50)
@@ -317,19 +188,10 @@ def test_half_precision_and_dropout(release):
     assert first.dtype == torch.float32 and torch.equal(first, second)
 
 
-def test_demo_end_to_end(release, tmp_path):
-    out = tmp_path / "out.mp4"
-    words = "--backbone videocrafter2 --device cpu --height 64 --width 64 --window_frames 4 --num_frames 7 --stride 3 "
-    words += f"--num_inference_steps 2 --csd_iters 1 --t_min 400 --output_path {out}"
-    demo.main([*words.split(), "--prompt", "it runs | it jumps", "--model", str(release), "--preview", "1"])
-    assert out.with_suffix(".preview.png").exists()
-    frames = np.stack(list(iio.imiter(out)))
-    assert frames.shape == (7, 256, 256, 3)  # small ones are enlarged
-    assert iio.immeta(out)["fps"] == 10 and out.with_suffix(".png").exists()
-
-    for bad, message in [
-        (["--num_frames", "15"], "it must be at least 16; the nearest is 16"),
-        (["--height", "100"], "multiples of 64"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            demo.make_plan(demo.make_parser().parse_args(["--backbone", "videocrafter2", *bad]))
+def test_demo_end_to_end(videocrafter2_release, tmp_path):
+    words = f"--backbone videocrafter2 --model {videocrafter2_release} --device cpu --height 64 --width 64 --stride 3"
+    words += " --window_frames 4 --num_frames 7 --num_inference_steps 2 --csd_iters 1 --t_min 400 --preview 1"
+    call(*words.split(), "--prompt", "it runs | it jumps", "--output_path", tmp_path / "out.mp4")
+    assert frames_of(tmp_path / "out.mp4").shape == (7, 256, 256, 3)  # small ones are enlarged
+    assert iio.immeta(tmp_path / "out.mp4")["fps"] == 10
+    assert (tmp_path / "out.png").exists() and (tmp_path / "out.preview.png").exists()

@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
+import pytest
+
+reason = "the notebook needs extras/requirements.txt"
+nbformat = pytest.importorskip("nbformat", reason=reason)
+nbclient = pytest.importorskip("nbclient", reason=reason)
+pytest.importorskip("ipykernel", reason=reason)
+pytest.importorskip("matplotlib", reason=reason)
 
 PATH = Path(__file__).parents[1] / "walkthrough.ipynb"
 
@@ -25,13 +30,11 @@ def test_committed_with_the_outputs_of_a_full_run():
 
 
 def test_runs_from_a_clean_kernel(monkeypatch):
-    """In three steps, decoding one latent frame for a picture instead of three: every cell works, no cell warns."""
+    """In three steps: every cell works, no cell warns."""
     monkeypatch.setenv("STEPS", "3")
     notebook = nbformat.read(PATH, 4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
-        assert cell.source.count("latents[k - 2 : k + 1]") == ("def glimpse" in cell.source)
-        cell.source = cell.source.replace("latents[k - 2 : k + 1]", "latents[k : k + 1]")
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PATH.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PATH.parent)}}).execute()
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
