@@ -15,7 +15,7 @@ A new model is a subclass of about 60 lines with
     make_levels(scheduler, steps)
                             the noise levels of a run
     load_pipe(*parts)       a diffusers pipeline with only these parts of tokenizer, text_encoder, transformer, vae
-    encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis
+    encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis; `text_length` tokens at most
     denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v, eps or a flow.
                             t is float32: B, or B x f (one timestep per frame) if the model has `frame_timesteps`
     decode(latents)         video frames, one at a time
@@ -27,7 +27,7 @@ import gc
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Recipe:
     needs_gpu: bool = True
     window_batch: int = 1  # windows per call of the model
     captions: bool = False  # under the video
+    seconds: Mapping = field(default_factory=dict)  # of a guided window by GPU, from public figures for a base clip
 
     @property
     def latent_frames(self) -> int:
@@ -80,7 +81,7 @@ class Backbone:
 
     model: hub id or folder. offload: "none", or "model" or "sequential" to move whole models or single layers to the
     device only when they are called, by diffusers' own hooks. tiling: decode in spatial tiles. Nothing is loaded before
-    `encode` or `load`. Raises ValueError if a part is missing, or for tiling where the model has none.
+    `encode` or `load`, which raise ValueError if a part is missing or does not fit.
     """
 
     pipe: Any  # the diffusers pipeline: the models, their placement and offload
@@ -88,6 +89,7 @@ class Backbone:
     negative_prompt = ""
     frame_timesteps = False  # does `denoise` take a timestep per frame, B x f, as well as one per window?
     untiled = ""  # which model cannot decode in tiles, and why
+    text_length: int  # tokens that the text encoder reads
     scheduler: Mapping
 
     def __init__(
@@ -99,6 +101,7 @@ class Backbone:
         offload: str = "none",
         tiling: bool = False,
     ):
+        """Raises ValueError for tiling where the model has none."""
         if tiling and self.untiled:
             raise ValueError(f"{self.untiled} does not need --vae_tiling; leave it out.")
         self.model, self.device, self.dtype = model, torch.device(device), dtype
@@ -111,10 +114,14 @@ class Backbone:
         """The recipe for base clips of another size: pixels, video frames. Raises ValueError if the model has none."""
         raise ValueError("This backbone's models have one size; leave out --height, --width and --window_frames.")
 
-    def levels(self, steps: int) -> list[Level]:
-        """The noise levels of `steps` denoising steps; from then on `predict_x0` knows their timesteps."""
-        levels = self.make_levels(self.scheduler, steps)
+    def set_levels(self, levels: Sequence[Level]) -> None:
+        """The noise levels of a run: from then on `predict_x0` knows their timesteps."""
         self.at = {level.t: level for level in levels[:-1]}
+
+    def levels(self, steps: int) -> list[Level]:
+        """The noise levels of `steps` denoising steps by the model's own scheduler, set."""
+        levels = self.make_levels(self.scheduler, steps)
+        self.set_levels(levels)
         return levels
 
     def load_parts(self, *parts: str) -> Any:
@@ -136,19 +143,44 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
-        """Encode each distinct prompt once. The text encoder, about 10 GB for the big models, is dropped afterwards."""
+        """Encode each distinct prompt once. The text encoder, about 10 GB for the big models, is dropped afterwards.
+
+        Raises ValueError if two prompts are the same to the model, FloatingPointError if an embedding is not finite.
+        """
         new = [text for text in dict.fromkeys([self.negative_prompt, *prompts]) if text not in self.texts]
         if not new:
             return
+        self.check_lengths(self.load_pipe("tokenizer").tokenizer, prompts)
         pipe = self.load_parts("tokenizer", "text_encoder")
         for text in new:
-            self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(pipe, text))
+            self.texts[text] = tuple(x.to(self.device) for x in self.encode_text(pipe, self.template(text)))
+            check_finite(f'The embedding of "{text[:60]}"', *self.texts[text])
         del pipe
         free_memory()
+
+    def template(self, text: str) -> str:
+        """A prompt in the words that the model was trained with."""
+        return text
+
+    def check_lengths(self, tokenizer: Any, prompts: Sequence[str]) -> None:
+        """Warn of words that the model does not see. Raises ValueError if two prompts become the same without them."""
+        room, seen = self.text_length - tokenizer.num_special_tokens_to_add(), {}
+        for text in dict.fromkeys(prompts):
+            ids = tokenizer(self.template(text), add_special_tokens=False, verbose=False).input_ids
+            other = seen.setdefault(tuple(ids[:room]), text)
+            if lost := ids[room:]:
+                unseen = f'The model reads {self.text_length} tokens, so it does not see "{tokenizer.decode(lost)}"'
+                if other != text:
+                    raise ValueError(f"{unseen}, and two events become the same; shorten the global prompt.")
+                warnings.warn(f"{unseen}.", stacklevel=2)
 
     def load(self, decoder_only: bool = False) -> None:
         """Load what `predict_x0` and `decode` need, or `decode` alone."""
         self.pipe = self.load_parts("vae") if decoder_only else self.load_parts("transformer", "vae")
+
+    def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """`decode`, of few frames, in little memory beside the transformer's."""
+        return self.decode(latents)
 
     def release_transformer(self) -> None:
         """Leave the memory to `decode`; `predict_x0` cannot be called any more."""
@@ -216,9 +248,29 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raises FloatingPointError, with what to do, if a value is not finite."""
+    if any((~x.isfinite()).any() for x in tensors):
+        raise FloatingPointError(
+            f"{what} is not finite. float16 is too small for some models: use --dtype bfloat16 or float32. If that "
+            "does not help, the weights are damaged."
+        )
+
+
 def to_uint8(video: Tensor) -> np.ndarray:
-    """3 n H W in about [-1, 1] -> n H W 3."""
+    """3 n H W in about [-1, 1] -> n H W 3. Raises FloatingPointError if a value is not finite."""
+    check_finite("A decoded frame", video)
     return (video.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def check_channels(model: str, config: Mapping) -> None:
+    """Raises ValueError for networks that are given more than the noisy latent, as image-to-video models are."""
+    given, made = config.get("in_channels"), config.get("out_channels")
+    if given != made:
+        raise ValueError(
+            f"{model} is not a text-to-video model: its network takes {given} channels and gives {made}, as "
+            "image-to-video models do; use the text-to-video model of the same family."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,13 +283,14 @@ class CogVideoX(Backbone):
     2B (sincos positions), 5B (rotary). Every window is a clip of its own to the model: positions restart at 0.
     """
 
+    prediction = "v_prediction"
     frame_timesteps = True  # see extras/baselines/fifo.py
     rotary = None
 
     def __init__(self, model: str, *args, **options):
         super().__init__(model, *args, **options)
         self.config, self.scheduler = self.read_configs(model)
-        self.prediction = self.scheduler["prediction_type"]
+        self.text_length = self.config.get("max_text_seq_length", 226)
 
     @staticmethod
     def read_configs(model: str) -> tuple[Mapping, Mapping]:
@@ -255,6 +308,12 @@ class CogVideoX(Backbone):
             raise ValueError(
                 f"{model} is a CogVideoX-1.5 (patch_size_t = {transformer['patch_size_t']}), which packs latent frames "
                 "in pairs; that is not supported, use CogVideoX 2B or 5B."
+            )
+        check_channels(model, transformer)
+        if (prediction := scheduler.get("prediction_type")) != "v_prediction":
+            raise ValueError(
+                f"{model}/scheduler has prediction_type {prediction}, but CogVideoX predicts v: use its own scheduler, "
+                'with "prediction_type": "v_prediction".'
             )
         return transformer, scheduler
 
@@ -276,12 +335,18 @@ class CogVideoX(Backbone):
         return diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
 
     def load_pipe(self, *parts: str) -> Any:
-        from diffusers import CogVideoXPipeline
+        from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+        from diffusers import CogVideoXTransformer3DModel as Transformer
+        from transformers import T5EncoderModel
 
-        absent = {"tokenizer", "text_encoder", "transformer", "vae"} - set(parts)
-        pipe = CogVideoXPipeline.from_pretrained(self.model, dtype=self.dtype, **dict.fromkeys(absent))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        from extras.ports.loading import load_network, load_tokenizer
+
+        kinds = dict(text_encoder=T5EncoderModel, transformer=Transformer, vae=AutoencoderKLCogVideoX)
+        made = dict.fromkeys(kinds)
+        for name in kinds.keys() & set(parts):
+            made[name] = load_network(kinds[name], self.model, name, self.dtype)
+        tokenizer = load_tokenizer(self.model, "tokenizer") if "tokenizer" in parts else None
+        return CogVideoXPipeline(tokenizer, scheduler=CogVideoXDDIMScheduler.from_config(self.scheduler), **made)
 
     def load(self, decoder_only: bool = False) -> None:
         super().load(decoder_only)
@@ -295,8 +360,8 @@ class CogVideoX(Backbone):
             )
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
-        length = self.config["max_text_seq_length"]
-        embedding, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
+        options = dict(do_classifier_free_guidance=False, max_sequence_length=self.text_length)
+        embedding, _ = pipe.encode_prompt(text, **options)
         return (embedding[0],)  # L D
 
     def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -328,6 +393,12 @@ class CogVideoX(Backbone):
             finally:
                 vae.decoder.forward = forward
             yield from to_uint8(video[0])
+
+    def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
+        vae = self.pipe.vae
+        vae.enable_tiling()
+        yield from self.decode(latents)
+        vae.use_tiling = self.tiling
 
 
 class Tiny(CogVideoX):
@@ -367,12 +438,14 @@ COGVIDEOX_2B = Recipe(
     settings=Settings(stride=4),
     dtype="float16",
     scenario="corgi",
+    seconds={"A100": 1.8, "H100": 0.9},  # 90 and 45 s for 50 steps: github.com/THUDM/CogVideo, README
 )
 COGVIDEOX_5B = replace(
     COGVIDEOX_2B,
     model="zai-org/CogVideoX-5b",
     scheduler=dict(COGVIDEOX_SCHEDULER, snr_shift_scale=1.0),
     dtype="bfloat16",
+    seconds={"A100": 3.6, "H100": 1.8},  # 180 and 90 s, same source
 )
 TINY = Recipe(
     backbone=Tiny,
@@ -389,6 +462,7 @@ TINY = Recipe(
     needs_gpu=False,
     window_batch=5,
     captions=True,
+    seconds={},
 )
 
 
@@ -424,6 +498,7 @@ class OpenSoraPlan(Backbone):
             c = OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER)
         except OSError as error:
             raise ValueError(f"{model} is not an Open-Sora Plan v1.3: {TRANSFORMER}/config.json is missing.") from error
+        check_channels(model, c)
         height, width = np.min(c["sample_size_h"]), np.max(c["sample_size_w"])  # a number, or the training's range
         return dict(window=c["sample_size_t"], latent=(c["in_channels"], int(height), int(width)))
 
@@ -449,8 +524,10 @@ class OpenSoraPlan(Backbone):
 
         return load_pipe(self.model, self.dtype, parts)
 
+    def template(self, text: str) -> str:
+        return text if text == self.negative_prompt else self.positive.format(text)
+
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor, Tensor]:
-        text = text if text == self.negative_prompt else self.positive.format(text)
         tokens = pipe.tokenizer(
             text, padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).to(self.device)

@@ -73,10 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
         "long runs (torchrun --nproc_per_node N demo.py ... uses several GPUs)"
     ).add_argument
     add("--state", type=Path, metavar="FILE", help="save the state after every step, to resume after a stop "
-        "(default: only when stopped by Ctrl-C or a lack of memory)")  # fmt: skip
+        "(default: when stopped by Ctrl-C or a lack of memory; after every step on several GPUs)")  # fmt: skip
     add("--resume", type=Path, metavar="FILE", help="continue a run that was saved in FILE, with the same options")
     add("--preview", type=int, metavar="K", help="a picture of the estimate so far every K steps")
-    add("--compile", action="store_true", help="torch.compile the model: minutes at first, then faster")
+    add("--compile", action="store_true", help="torch.compile the model: minutes at first, once more for batches of "
+        "another size (--window_batch above 1), then faster; not with --offload sequential")  # fmt: skip
     return parser
 
 
@@ -134,7 +135,7 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
     if size := pick("height", "width", "window_frames"):
         c, (_, h, w) = recipe.frames_per_latent, recipe.latent
         own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
-        recipe = recipe.backbone.resize(recipe, *(own | size).values())
+        recipe = replace(recipe.backbone.resize(recipe, *(own | size).values()), seconds={})
     settings = replace(recipe.settings, **pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min"))
     chosen = pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
     recipe = replace(recipe, settings=settings, **chosen)
@@ -155,6 +156,8 @@ def choose_device(args: argparse.Namespace, recipe: Recipe) -> tuple[str, torch.
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = args.device or ("cuda" if best == "cpu" and recipe.needs_gpu else best)
     kind = V.device_kind(device)
+    if args.compile and args.offload == "sequential":
+        raise ValueError("--compile recompiles every layer with --offload sequential; use --offload model or none.")
     if kind == "cpu" and args.offload != "none":
         raise ValueError("--offload moves parts of the model between GPU and CPU; leave it out on the CPU.")
     return device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
@@ -216,6 +219,11 @@ def latents_file(args: argparse.Namespace) -> Path:
     return args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
 
 
+def keeps_state(args: argparse.Namespace) -> bool:
+    """Save after every step? With several processes always: one that dies leaves the others no time to save."""
+    return bool(args.state or args.resume or runs.several_processes())
+
+
 def state_file(args: argparse.Namespace) -> Path:
     return args.state or args.resume or args.output_path.with_suffix(".state.safetensors")
 
@@ -241,7 +249,7 @@ def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: r
     about |= dict(captions=recipe.captions, run=run.about(), spans=run.plan.spans)
     about |= {"global": story.global_prompt, "local": story.local_prompts}
     try:
-        latents = runs.sample(run, backbone, state, args.state or args.resume, look)
+        latents = runs.sample(run, backbone, state, state_file(args) if keeps_state(args) else None, look)
         runs.leave_processes()
         if not runs.main_process():
             sys.exit()
@@ -250,7 +258,7 @@ def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: r
             V.write_tensors(args.trace, "trace", state.traces(), about)
     except runs.TROUBLE as error:
         raise runs.stopped(error, runs.keep_state(state, state_file(args))) from None
-    if args.state or args.resume:
+    if keeps_state(args):
         state_file(args).unlink(missing_ok=True)
     return latents, about
 
@@ -302,13 +310,13 @@ def main(args: argparse.Namespace) -> None:
         backbone = load(args, recipe, device, dtype)
         if not args.decode:
             V.say(run.describe())
-            backbone.encode(run.plan.texts)
+            runs.encode(backbone, run.plan.texts)
         backbone.load(decoder_only=bool(args.decode))
         if args.compile and not args.decode:
             backbone.pipe.transformer.compile()
     except ValueError as error:
         refuse(error)
-    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+    except runs.TROUBLE as error:
         raise runs.stopped(error) from None
 
     if args.decode:

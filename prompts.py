@@ -12,6 +12,7 @@ Standard library only, until a model is asked.
 from __future__ import annotations  # for Python 3.8 to 3.10
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -72,9 +73,11 @@ def parse_story(text: str, count: int | None = None) -> Story:
 
 
 def load_story(path: str | Path) -> Story:
-    """A story from a JSON file. Raises ValueError, with the file's name, if there is none in it."""
+    """A story from a JSON file, in UTF-8 or what a byte order mark says. Raises ValueError with the file's name."""
     try:
-        return parse_story(Path(path).read_text(encoding="utf-8-sig"))
+        data = Path(path).read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return parse_story(data.decode("utf-16" if utf16 else "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"Cannot read the story {path}: {getattr(error, 'strerror', None) or 'not a text file'}."
@@ -240,6 +243,27 @@ def instruction(scenario: str, count: int) -> str:
     return INSTRUCTION.format(scenario=scenario.strip(), count=count, dots=", ".join(['"..."'] * count))
 
 
+def find_story(answer: str, count: int) -> Story:
+    """The story in a model's answer, whatever stands around it: the last object that has the form of one.
+
+    Raises ValueError, which says what is wrong with the answer.
+    """
+    answer = answer.rpartition("</think>")[2].strip()
+    if not answer:
+        raise ValueError("The answer is empty.")
+    start = answer.find("{")
+    found, decoder = answer[start:] if start >= 0 else answer, json.JSONDecoder()
+    for i, letter in enumerate(answer):
+        if letter == "{":
+            try:
+                data, stop = decoder.raw_decode(answer, i)
+            except (json.JSONDecodeError, RecursionError):
+                continue
+            if {"global", "local"} <= data.keys():
+                found = answer[i:stop]
+    return parse_story(found, count)
+
+
 def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
     """Have `chat(messages) -> answer` split the scenario. A bad answer is asked for once more, with what was wrong.
 
@@ -249,10 +273,10 @@ def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
     for attempt in range(2):
         answer = chat(messages)
         try:
-            return parse_story(answer[answer.find("{") : answer.rfind("}") + 1] or answer, count)  # drop ``` fences
+            return find_story(answer, count)
         except ValueError as error:
             if attempt == 1:
-                raise ValueError(f"The model's answer is no story, twice: {error}") from None
+                raise ValueError(f"The model's answer is not a story, twice: {error}") from None
             complaint = f"That answer cannot be used: {error} Answer again, with the JSON alone."
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": complaint}]
 
@@ -266,12 +290,17 @@ def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
 
     def chat(messages: list[dict]) -> str:
         try:
-            choices = client.chat_completion(messages, model=model, max_tokens=2000).choices
+            choices = client.chat_completion(messages, model=model, max_tokens=4000).choices
         except json.JSONDecodeError:
-            raise ConnectionError("what came is no JSON; is --base_url an OpenAI-compatible server?") from None
+            raise ConnectionError("what came is not JSON; is --base_url an OpenAI-compatible server?") from None
         if not choices:
             raise ConnectionError("what came holds no choices.")
-        return choices[0].message.content or ""
+        content = choices[0].message.content or ""
+        if not isinstance(content, str):  # in parts
+            content = "".join(part.get("text") or "" for part in content)
+        if choices[0].finish_reason == "length":
+            raise ValueError("The model's answer was cut off at 4000 tokens; ask for fewer events, or another model.")
+        return content
 
     return chat
 
@@ -291,10 +320,13 @@ def main(argv: list[str] | None = None) -> None:
     if not args.llm:
         print(instruction(args.scenario, args.num_prompts))
         return
-    if args.output.exists():
-        parser.error(f"{args.output} exists already; name another file with --output.")
-    if not args.output.absolute().parent.is_dir():
-        parser.error(f"The folder of {args.output} does not exist; make it first.")
+    try:
+        if args.output.exists():
+            parser.error(f"{args.output} exists already; name another file with --output.")
+        if not args.output.absolute().parent.is_dir():
+            parser.error(f"The folder of {args.output} does not exist; make it first.")
+    except OSError as error:
+        parser.error(f"{args.output} cannot be written: {error.strerror}.")
     if args.base_url and not args.base_url.startswith(("http://", "https://")):
         parser.error(f"--base_url must begin with http:// or https://, got {args.base_url}.")
 

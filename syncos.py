@@ -145,7 +145,7 @@ def temporal_codenoise(
     t: float,
     windows: Sequence[slice],
     prompts: Sequence[str],
-    batch: int = 8,
+    batch: int = 24,
 ) -> Tensor:
     """Predict each window by its own prompt and fuse: x0 = fuse({predict_x0(x_t[window i], t, c_i)}) (stage 1, Fig. 5).
 

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones import Backbone
+from backbones import Backbone, check_finite
 from extras import videos as V
 from extras.baselines import Method, Plan
 from prompts import Story
 
-TROUBLE = (KeyboardInterrupt, OSError, torch.OutOfMemoryError)  # what a user or a machine can do to a run
+TROUBLE = (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError)  # what can happen to a good plan
 OUT_OF_MEMORY = (
     "The GPU's memory is not enough. What helps, the cheapest first: --window_batch 1, --vae_tiling (decoding, "
     "CogVideoX), --offload model, --offload sequential (much slower)."
@@ -60,6 +60,10 @@ class Run:
         for name, method in self.methods.items():
             count, more = method.evaluations(plan, method.steps(plan)), method.describe(plan)
             lines.append(f"{name}: {count} model evaluations (windows)" + f"; {more}" * bool(more))
+        total = sum(method.evaluations(plan, method.steps(plan)) for method in self.methods.values())
+        times = [f"{total * each / 60:.0f} min on one {gpu}" for gpu, each in r.seconds.items()]
+        if r.needs_gpu:
+            lines.append(f"time, predicted from public figures: {' or '.join(times) or 'not known'}")
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
         seconds = r.num_frames / r.fps
@@ -115,7 +119,7 @@ def sample(
     step.
     """
     plan, r = run.plan, run.plan.recipe
-    backbone.levels(r.num_inference_steps)
+    backbone.set_levels(plan.levels)
     for name, method in run.methods.items():
         if name in state.done:
             continue
@@ -126,6 +130,7 @@ def sample(
             generator.set_state(state.now["generator"])
 
         def keep(step, t, x0, latents, name=name, generator=generator):
+            check_finite(f"{name}'s estimate after step {step + 1}, t = {t:g},", x0)  # else the state stays as it was
             now = dict(latents=latents.cpu(), x0=x0.cpu(), generator=generator.get_state())
             state.step, state.now = step + 1, now
             small = torch.nn.functional.adaptive_avg_pool2d(x0, 4).flatten(1)  # F 16C: enough to see where it goes
@@ -146,12 +151,18 @@ def sample(
 
 
 def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) -> None:
-    """A contact sheet of the estimate so far: one frame from the middle of each event, decoded from three latents."""
-    picked, rows, (c, F) = {}, [], (run.plan.recipe.frames_per_latent, len(x0))
+    """A contact sheet of the estimate so far: one frame from the middle of each event, decoded from three latents.
+
+    If that fails, for lack of memory or at values that are not finite, it says so and the run continues.
+    """
+    picked, rows, c, F = {}, [], run.plan.recipe.frames_per_latent, len(x0)
     for (start, stop), text in zip(run.plan.spans, run.story.local_prompts):
         middle = min(max(round((start + stop) / 2 * F), 1), F - 2)
         number = c * middle
-        picked[number] = list(backbone.decode(x0[middle - 1 : middle + 2]))[c]
+        try:
+            picked[number] = list(backbone.preview(x0[middle - 1 : middle + 2]))[c]
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            return V.say(f"No preview: {str(error).splitlines()[0]}")
         rows.append(([number], text))
     V.contact_sheet(path, {"": picked}, rows, title)
 
@@ -172,7 +183,7 @@ def keep_state(state: State, path: Path) -> str:
 
 def stopped(error: BaseException, safe: str = "") -> SystemExit:
     """The end of a run that cannot continue: why, in a sentence, and what is safe on disk. One process speaks."""
-    why = {KeyboardInterrupt: "Stopped."}.get(type(error), str(error) if isinstance(error, OSError) else OUT_OF_MEMORY)
+    why = {KeyboardInterrupt: "Stopped.", torch.OutOfMemoryError: OUT_OF_MEMORY}.get(type(error), str(error))
     return SystemExit(f"{why} {safe}".strip() if main_process() else 1)
 
 
@@ -184,14 +195,23 @@ def main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def join_processes(device: str | None) -> str | None:
     """Under torchrun: meet the other processes. Each takes its own GPU; the first alone writes and prints.
 
-    Returns the device of this process.
+    Returns the device of this process. Raises ValueError if there are not enough GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not several_processes():
         return device
+    if device and device.startswith("cuda:"):
+        raise ValueError(f"--device {device} would put every process on one GPU; use --device cuda.")
     gpu = torch.cuda.is_available() and device in (None, "cuda")
+    here, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpu and local > here:
+        raise ValueError(f"{local} processes need {local} GPUs, this machine has {here}; use --nproc_per_node {here}.")
     if gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -200,6 +220,16 @@ def join_processes(device: str | None) -> str | None:
     if not main_process():
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def encode(backbone: Backbone, texts: Sequence[str]) -> None:
+    """The first process encodes the prompts and hands them on: a text encoder takes up to 10 GB."""
+    if main_process():
+        backbone.encode(texts)
+    if several_processes():
+        shared = [{text: [x.cpu() for x in parts] for text, parts in backbone.texts.items()}]
+        dist.broadcast_object_list(shared, src=0)
+        backbone.texts = {text: tuple(x.to(backbone.device) for x in parts) for text, parts in shared[0].items()}
 
 
 def leave_processes() -> None:

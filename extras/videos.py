@@ -3,13 +3,16 @@
 Frames are H x W x 3 uint8 arrays, one at a time. Everything is written whole or not at all: `replacing`.
 """
 
+import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from textwrap import wrap
 from typing import Any
 
@@ -50,12 +53,21 @@ def missing_device(device: str) -> str:
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raises ValueError if no file of that kind can be written there."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"The name of {path} must end in {' or '.join(suffixes)}.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"The folder of {path} does not exist; make it first.")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written; name another file.")
+    folder, size = path.absolute().parent, len(os.fsencode(path.name))
+    try:
+        longest = os.pathconf(folder, "PC_NAME_MAX") if folder.is_dir() else 255
+        if size > longest:
+            raise ValueError(f"A file name of {size} bytes is too long, {longest} are possible: {path.name}.")
+        if path.suffix.lower() not in suffixes:
+            raise ValueError(f"The name of {path} must end in {' or '.join(suffixes)}.")
+        if not folder.is_dir():
+            raise ValueError(f"The folder of {path} does not exist; make it first.")
+        if path.resolve().is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise ValueError(f"{path} cannot be written; name another file.")
+        with NamedTemporaryFile(dir=folder, suffix=path.suffix):  # asks the file system itself
+            pass
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def check_distinct(files: dict[str, Path]) -> None:
@@ -74,9 +86,9 @@ def check_distinct(files: dict[str, Path]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end. Raises OSError, one sentence that names `path`.
 
-    Its name holds the process's number: two runs that write one file do not write into each other's.
+    Its name is short, and holds the process's number: two runs that write one file do not write into each other's.
     """
-    partial = path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".partial-{os.getpid()}{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
@@ -115,16 +127,22 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
-    """The frames of a video file and its frame rate. Raises ValueError if it has none."""
+    """The frames of a video file and its frame rate, without repeats where the rate varies.
+
+    Raises ValueError if it has none, or is a WebP, which stores equal frames once.
+    """
     import imageio.v2 as imageio
 
+    if path.suffix.lower() == ".webp":
+        raise ValueError(f"{path} is a WebP, which stores equal frames once; measure an .mp4 of the same run.")
+    options = {} if path.suffix.lower() == ".gif" else dict(format="FFMPEG", output_params=["-fps_mode", "passthrough"])
     try:
-        reader = imageio.get_reader(path)
+        reader = imageio.get_reader(path, **options)
         meta = reader.get_meta_data()
-        fps = meta.get("fps") or 1000 / meta["duration"]  # of a gif: milliseconds a frame
+        fps = meta.get("fps") or 1000 / meta["duration"]  # of a gif: milliseconds per frame
         first = reader.get_data(0)
     except Exception as error:  # whatever the decoder says
-        raise ValueError(f"{path} is no video that can be read ({type(error).__name__}).") from error
+        raise ValueError(f"{path} is not a video that can be read ({type(error).__name__}).") from error
     return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
 
 
@@ -174,6 +192,44 @@ def is_whole(path: Path, frames: int) -> bool:
 # What people look at: a story's video and its contact sheet
 
 
+FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/System/Library/Fonts",
+         "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")  # fmt: skip
+
+
+def lacks(font: Any, text: str) -> str:
+    """The letters of a text that a font draws as the box of what it does not have."""
+    missing = bytes(font.getmask("\U0010ffff"))
+    return "".join(letter for letter in dict.fromkeys(text) if letter > "~" and bytes(font.getmask(letter)) == missing)
+
+
+@functools.cache
+def find_font(letters: str) -> tuple[Any, str]:
+    """The file of a font that has these letters (None: Pillow's own), and the letters that no font here has."""
+    from PIL import ImageFont
+
+    best = None, lacks(ImageFont.load_default(12), letters)
+    for folder in map(Path, map(os.path.expanduser, FONTS)) if best[1] else ():
+        for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".ttc", ".otf")):
+            try:
+                rest = lacks(ImageFont.truetype(str(file), 12), letters)
+            except Exception:  # noqa: BLE001, whatever a damaged font leads to
+                continue
+            best = (str(file), rest) if len(rest) < len(best[1]) else best
+            if not rest:
+                return best
+    if best[1]:
+        warnings.warn(f"No font on this machine has {best[1][:20]}; they are drawn as boxes.", stacklevel=3)
+    return best
+
+
+def get_font(size: int, text: str) -> Any:
+    """A font for a text."""
+    from PIL import ImageFont
+
+    file, _ = find_font("".join(sorted(set(text))))
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
 def contact_sheet(
     path: Path, picked: dict[str, dict[int, np.ndarray]], rows: list[tuple[list[int], str]], title: str
 ) -> None:
@@ -185,7 +241,12 @@ def contact_sheet(
 
     first = next(iter(next(iter(picked.values())).values()))
     height, width = first.shape[:2]
-    w, gap, font, small = 144, 6, ImageFont.load_default(15), ImageFont.load_default(12)
+    w, gap, font, small = (
+        144,
+        6,
+        get_font(15, "".join([title, *(text for _, text in rows)])),
+        ImageFont.load_default(12),
+    )
     h, across = round(w * height / width), max(len(numbers) for numbers, _ in rows)
     label = 0 if len(picked) == 1 else 110
     wide = label + across * (w + gap) + gap
@@ -220,10 +281,10 @@ def contact_sheet(
 def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.ndarray:
     """A strip to go under a frame: the methods' names below their pictures, if there are several, and some lines of
     text. An even number of rows x width x 3."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     size = caption_size(width // len(names))
-    font, rows = ImageFont.load_default(size), (len(names) > 1) + lines
+    font, rows = get_font(size, text), (len(names) > 1) + lines
     strip = Image.new("RGB", (width, (rows * size * 4 // 3 + size) // 2 * 2), "white")
     draw, y = ImageDraw.Draw(strip), size // 3
     if len(names) > 1:

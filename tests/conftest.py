@@ -23,6 +23,7 @@ from transformers import MT5Config, MT5EncoderModel
 from extras.models import videocrafter2
 from extras.ports.opensora_plan import OpenSoraT2V_v1_3, WFVAEDecoder
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a GPU is used only where somebody says so
 torch.set_num_threads(1)  # the tensors are tiny: more threads only get in each other's way,
 os.environ["OMP_NUM_THREADS"] = "1"  # also in programs that tests start
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
-from helpers import PROMPT, maxdiff, randn, rng
+from helpers import PROMPT, make_tokenizer, maxdiff, randn, rng
 
 from backbones import TINY, Backbone, CogVideoX, in_batches
 from extras.models import RECIPES, get_recipe
@@ -32,7 +32,7 @@ def prepared(folder, *prompts, **options):
 class Constant(Backbone):
     """A flow model with a text mask and a timestep per frame. Its output: length of the text plus timestep / 1000."""
 
-    prediction, negative_prompt, scheduler, frame_timesteps = "flow", "bad", None, True
+    prediction, negative_prompt, scheduler, frame_timesteps, text_length = "flow", "bad", None, True, 99
 
     @staticmethod
     def make_levels(scheduler, steps):
@@ -40,7 +40,9 @@ class Constant(Backbone):
         return flow_levels([*sigmas, 0.0], [1000 * s for s in sigmas])
 
     def load_pipe(self, *parts):
-        return torch.nn.Module()
+        pipe = torch.nn.Module()
+        pipe.tokenizer = make_tokenizer()
+        return pipe
 
     def encode_text(self, pipe, text):
         return torch.tensor([float(len(text))]), torch.ones(1, dtype=torch.bool)

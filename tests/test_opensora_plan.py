@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 
 from backbones import OPENSORA_PLAN, OpenSoraPlan
 from extras.models import get_recipe
+from extras.ports.loading import load_network
 from extras.ports.opensora_plan import (
+    TRANSFORMER,
     OpenSoraT2V_v1_3,
     WFVAEDecoder,
     from_sets,
     inverse_haar_2d,
     inverse_haar_3d,
     load_decoder,
-    load_transformer,
     to_sets,
 )
 
@@ -140,7 +141,7 @@ def test_pieces_under_offload_hooks(decoder):
 
 def test_the_release_loads(opensora_release, decoder):
     assert len(list((opensora_release / "any93x640x640").glob("*.safetensors"))) > 1
-    loaded = load_transformer(str(opensora_release), torch.float32)
+    loaded = load_network(OpenSoraT2V_v1_3, str(opensora_release), TRANSFORMER, torch.float32, strict=True)
     assert maxdiff(evaluate(loaded, "b"), DIT["b.output"]) < 5e-6
     own, theirs = load_decoder(str(opensora_release)).state_dict(), decoder.state_dict()
     assert own.keys() == theirs.keys() and all(torch.equal(own[k], theirs[k]) for k in own)
@@ -150,9 +151,9 @@ def test_what_does_not_fit_is_refused(opensora_release, tmp_path, decoder_state)
     vae, model = opensora_release / "vae", str(opensora_release)
     state, config = dict(decoder_state), (vae / "config.json").read_text()
 
-    def refused(what, load=load_decoder, *args):
+    def refused(what):
         with pytest.raises(ValueError, match=what):
-            load(model, *args)
+            load_decoder(model)
 
     del state["module.decoder.conv_in.conv.bias"], state["decoder.conv_in.conv.bias"]
     torch.save({"ema_state_dict": {}, "state_dict": {"gen_model": state}}, vae / "merged.ckpt")
@@ -172,7 +173,8 @@ def test_what_does_not_fit_is_refused(opensora_release, tmp_path, decoder_state)
     refused("merged.ckpt")
     path = opensora_release / "any93x640x640" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 5}))
-    refused(r"missing .*transformer_blocks\.4", load_transformer, torch.float32)
+    with pytest.raises(ValueError, match=r"missing .*transformer_blocks\.4"):
+        load_network(OpenSoraT2V_v1_3, model, TRANSFORMER, torch.float32, strict=True)
     with pytest.raises(ValueError, match="any93x640x640"):
         get_recipe("opensora-plan", str(tmp_path / "nothing"))
 

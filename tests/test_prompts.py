@@ -1,5 +1,6 @@
 """Stories: parsing, refusals, events over windows, and a language model over real HTTP."""
 
+import codecs
 import json
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def test_other_files_are_refused(text, keyword, tmp_path):
         P.load_story(tmp_path / "story.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_a_story_with_a_byte_order_mark(encoding, tmp_path):
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "story.json").write_bytes(mark + GOOD.replace("cat", "Käfer").encode(encoding))
+    assert P.load_story(tmp_path / "story.json").global_prompt == "A Käfer in a kitchen."
+
+
 def test_events_follow_window_centres():
     windows = make_windows(49, 13, 4)
     assert P.assign_events(windows, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
@@ -92,11 +100,12 @@ def ask(answers, tmp_path) -> list:
             requests.append((self.path, body))
             if isinstance(answer := answers.pop(0), int):
                 return self.send_error(answer)
-            message = dict(index=0, finish_reason="stop", message=dict(role="assistant", content=answer))
+            answer, end = (answer["cut"], "length") if isinstance(answer, dict) else (answer, "stop")
+            message = dict(index=0, finish_reason=end, message=dict(role="assistant", content=answer))
             reply = dict(id="1", created=0, model=body["model"], object="chat.completion", system_fingerprint="")
             reply |= dict(choices=[message] if answer else [])
             reply |= dict(usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2))
-            data = answer.encode() if answer.startswith("<html>") else json.dumps(reply).encode()
+            data = answer.encode() if str(answer).startswith("<html>") else json.dumps(reply).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -123,6 +132,17 @@ def test_llm_writes_the_story_that_demo_reads(tmp_path):
     assert P.load_story(tmp_path / "story.json") == P.parse_story(GOOD)
 
 
+@pytest.mark.parametrize("answer", [
+    f'<think>Form: {{"global": "...", "local": ["..."]}} {{hm}}</think>{GOOD}',
+    f'{{"global": "x", "local": ["y"]}} was my draft. Better:\n{GOOD}\nDo you like {{it}}?',
+    f'{{"story": {GOOD}}}',
+    [dict(type="text", text=GOOD[:20]), dict(type="text", text=GOOD[20:])],
+])  # fmt: skip
+def test_a_story_is_found_whatever_stands_around_it(answer, tmp_path):
+    ask([answer], tmp_path)
+    assert P.load_story(tmp_path / "story.json") == P.parse_story(GOOD)
+
+
 def test_llm_is_asked_once_more_with_what_was_wrong(tmp_path):
     _, (_, body) = ask(['{"global": "A cat.", "local": ["one"]}', GOOD], tmp_path)
     assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
@@ -136,6 +156,8 @@ def test_llm_is_asked_once_more_with_what_was_wrong(tmp_path):
     ([404], "404"),
     ([""], "choices"),
     (["<html>Log in</html>"], "--base_url"),
+    ([" ", "<think>{}</think>"], "empty"),
+    ([dict(cut=GOOD[:50])], "cut off"),
 ])  # fmt: skip
 def test_llm_that_fails_leaves_no_file(answers, keyword, tmp_path):
     with pytest.raises(SystemExit, match=f"^prompts.py: .*{keyword}"):  # one sentence, status 1

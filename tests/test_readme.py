@@ -62,6 +62,7 @@ def test_the_snippet_runs_and_is_the_backbone(tmp_path, monkeypatch):
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     with torch.enable_grad():  # the snippet turns gradients off: only until here
         exec(code, names := {})
+    assert not any(x.requires_grad for x in names["texts"].values())  # T5's graph would hold 7 GiB
     assert (names["latents"] - expected).abs().mean() < 1e-4  # AdamW amplifies the rounding of single values
     assert frames_of(tmp_path / "fox.mp4").shape == (193, 16, 32, 3)
 

@@ -17,13 +17,13 @@ Callback = Callable[[int, float, Tensor, Tensor], None]  # as in syncos.syncos
 
 @dataclass(frozen=True)
 class Plan:
-    """A long video to sample, the same for every method. Raises ValueError if the events do not fit."""
+    """A long video to sample, the same for every method. Raises ValueError if events or scheduler do not fit."""
 
     recipe: Recipe
     texts: tuple[str, ...]  # the whole prompt of each event, in time order
 
     def __post_init__(self):
-        self.events  # noqa: B018, raises
+        self.events, self.levels  # noqa: B018, they raise
 
     @cached_property
     def windows(self) -> list[slice]:
@@ -37,7 +37,11 @@ class Plan:
 
     @cached_property
     def levels(self) -> list[Level]:
-        return self.recipe.backbone.make_levels(self.recipe.scheduler, self.recipe.num_inference_steps)
+        r = self.recipe
+        try:
+            return r.backbone.make_levels(r.scheduler, r.num_inference_steps)
+        except Exception as error:  # whatever a scheduler's file can hold
+            raise ValueError(f"{r.model}: its scheduler cannot be used: {error}") from error
 
     @property
     def spans(self) -> list[tuple[float, float]]:

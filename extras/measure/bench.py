@@ -198,7 +198,7 @@ def make_tiny() -> tuple[Plan, Backbone]:
     plan, backbone = Plan(TINY, ("A star. It jumps.",)), TINY.backbone(TINY.model, DEVICE, guidance_scale=4.0)
     backbone.encode(plan.texts)
     backbone.load()
-    backbone.levels(TINY.num_inference_steps)
+    backbone.set_levels(plan.levels)
     return plan, backbone
 
 
@@ -245,7 +245,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     args = parser.parse_args()
-    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if DEVICE == "cuda":
+        where = f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}"
     print(f"torch {torch.__version__}, {where}")
     for part in args.only:
         for what, figure in PARTS[part]():

@@ -5,11 +5,13 @@ GPU, and the storages that live at a moment are the memory it would take. Not co
 workspaces of kernels, and what torch's allocator loses between blocks.
 """
 
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -224,8 +226,41 @@ def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Itera
         yield "decode", memory.take()
 
 
+def snippet() -> dict[str, float]:
+    """The README's own program with CogVideoX-2B, as it stands, in one step: its peaks in GiB."""
+    import diffusers as D
+    import imageio.v2 as imageio
+
+    [code] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    figures, recipe, set_timesteps = {}, RECIPES["cogvideox"], D.CogVideoXDDIMScheduler.set_timesteps
+    pipe = make_cogvideox(recipe, ("tokenizer", "text_encoder", "transformer", "vae"))
+    pipe.to = lambda device: pipe  # it is there
+    decode = pipe.decode_latents
+
+    def decoded(latents: Tensor) -> Tensor:
+        figures["encode and sample"] = memory.take()
+        video = decode(latents)
+        figures["decode"] = memory.take()
+        return video
+
+    pipe.decode_latents = decoded
+    with (
+        meta_as_gpu() as memory,
+        patch.object(D.CogVideoXPipeline, "from_pretrained", lambda *_, **__: pipe),
+        patch.object(D.CogVideoXDDIMScheduler, "set_timesteps", lambda self, steps: set_timesteps(self, 1)),
+        patch.object(imageio, "mimwrite", lambda *_, **__: None),
+    ):
+        for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+            for x in part.parameters():
+                memory.count(x)
+        exec(code, {"pipe": pipe})
+    return figures
+
+
 def rows() -> Iterator[tuple[str, str]]:
-    """Of every big backbone: what it needs at the peak of each phase."""
+    """Of every big backbone, and of the README's snippet: what it needs at the peak of each phase."""
+    for what, gib in snippet().items():
+        yield f"GPU memory, predicted, README's snippet, {what}", f"{gib:.1f} GiB"
     for name in MAKE:
         recipe = RECIPES[name]
         pipe = MAKE[name](recipe, ("text_encoder", "transformer", "vae"))

@@ -224,7 +224,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     key = f"video {model.name} {method} {recipe.num_frames} {steps} {seed}" + " local" * (not structured)
     if key not in done:
         backbone.encode(plan.texts)
-        backbone.levels(steps)
+        backbone.set_levels(plan.levels)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(recipe.latent_frames, *recipe.latent, generator=generator)
         keep(key, model.read(method.sample(backbone, plan, noise, generator), windows))

@@ -27,5 +27,9 @@ def get_recipe(name: str, model: str | None = None) -> Recipe:
     recipe = RECIPES[name]
     if model is None and not Path(recipe.model).is_dir():  # the released model: known without asking the hub
         return recipe
+    seconds = recipe.seconds if model in (None, recipe.model) else {}
     model = model or recipe.model
-    return replace(recipe, model=model, **recipe.backbone.inspect(model))
+    try:
+        return replace(recipe, model=model, seconds=seconds, **recipe.backbone.inspect(model))
+    except (KeyError, TypeError, AttributeError) as error:  # whatever a configuration file can hold
+        raise ValueError(f"{model}: a configuration file is damaged or of another model ({error}).") from error

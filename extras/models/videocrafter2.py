@@ -6,7 +6,6 @@ of Stable Diffusion 2, which diffusers converts.
 """
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,11 +79,7 @@ class VideoCrafter2(Backbone):
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
         """The penultimate layer's states of 77 tokens, no mask; OpenCLIP pads with 0, a word to other tokenizers."""
-        ids = pipe.tokenizer(text, verbose=False).input_ids
-        if lost := ids[self.text_length - 1 : -1]:
-            unseen = pipe.tokenizer.decode(lost)
-            warnings.warn(f'The model reads {self.text_length} tokens, so it does not see "{unseen}".', stacklevel=2)
-            ids = ids[: self.text_length - 1] + ids[-1:]
+        ids = pipe.tokenizer(text, truncation=True, max_length=self.text_length).input_ids
         ids = torch.tensor([ids + [0] * (self.text_length - len(ids))], device=self.device)
         return (pipe.text_encoder(ids).last_hidden_state[0],)  # 77 D
 
@@ -277,22 +272,20 @@ def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Any:
     Raises OSError or ValueError if something is missing or unfit.
     """
     from diffusers import AutoencoderKL, UNet3DConditionModel
-    from transformers import AutoTokenizer, CLIPTextModel
+    from transformers import CLIPTextModel
 
-    from extras.ports.loading import Parts, check_fit
+    from extras.ports.loading import Parts, load_network, load_tokenizer
 
     checkpoint = find_checkpoint(model)
-    classes = dict(unet=UNet3DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+    kinds = dict(unet=UNet3DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
 
-    def load(part: str):
+    def load(part: str) -> Any:
         if part == "tokenizer":
-            own = Path(model) / "tokenizer"
-            return AutoTokenizer.from_pretrained(str(own) if own.is_dir() else TOKENIZER)
+            own = (Path(model) / "tokenizer").is_dir()
+            return load_tokenizer(model, "tokenizer") if own else load_tokenizer(TOKENIZER, "")
         folder = "unet" if part == "transformer" else part
         if checkpoint:
             return load_part(folder, checkpoint, dtype)
-        network, info = classes[folder].from_pretrained(model, subfolder=folder, dtype=dtype, output_loading_info=True)
-        check_fit(f"{model}/{folder}", info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-        return network
+        return load_network(kinds[folder], model, folder, dtype, strict=True)
 
     return Parts.make(load, parts)

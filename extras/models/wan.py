@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones import Backbone, Recipe, to_uint8
+from backbones import Backbone, Recipe, check_channels, to_uint8
 from syncos import Level, Settings, flow_levels
 
 
@@ -48,11 +48,13 @@ class Wan(Backbone):
         kinds = {
             "a Wan 2.2 TI2V (expand_timesteps), with a timestep for every token": index.get("expand_timesteps"),
             "a Wan 2.2 A14B (transformer_2), with a second model for low noise": any(index.get("transformer_2") or []),
-            f"a {index.get('_class_name')}": index.get("_class_name") != "WanPipeline",
         }
         for kind, found in kinds.items():
             if found:
                 raise ValueError(f"{model} is {kind}; that is not supported, use a text-to-video model of Wan 2.1.")
+        check_channels(model, transformer)
+        if "Flow" not in scheduler.get("_class_name", "Flow") and not scheduler.get("use_flow_sigmas"):
+            raise ValueError(f"{model}/scheduler is not one of a flow (use_flow_sigmas); use Wan's own scheduler.")
         return dict(latent=(transformer["in_channels"], 60, 104), scheduler=scheduler)
 
     @staticmethod
@@ -61,7 +63,9 @@ class Wan(Backbone):
             raise ValueError(f"--height and --width must be multiples of 16, got {height} and {width}.")
         if frames % 4 != 1:
             raise ValueError(f"--window_frames must be 4 n + 1, got {frames}.")
-        return replace(recipe, window=(frames - 1) // 4 + 1, latent=(recipe.latent[0], height // 8, width // 8))
+        shift = 5.0 if height * width >= 720 * 1280 else 3.0  # diffusers' WanPipeline: 5 for 720p, 3 for 480p
+        size = dict(window=(frames - 1) // 4 + 1, latent=(recipe.latent[0], height // 8, width // 8))
+        return replace(recipe, **size, scheduler=dict(recipe.scheduler, flow_shift=shift))
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
@@ -76,11 +80,17 @@ class Wan(Backbone):
         return flow_levels(euler.sigmas.tolist(), euler.timesteps.tolist())
 
     def load_pipe(self, *parts: str) -> Any:
-        from diffusers import WanPipeline
+        from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+        from transformers import UMT5EncoderModel
 
-        absent = {"tokenizer", "text_encoder", "transformer", "vae"} - set(parts)
-        dtypes = {"vae": torch.float32, "default": self.dtype}
-        return WanPipeline.from_pretrained(self.model, dtype=dtypes, **dict.fromkeys(absent))
+        from extras.ports.loading import load_network, load_tokenizer
+
+        kinds = dict(text_encoder=UMT5EncoderModel, transformer=WanTransformer3DModel, vae=AutoencoderKLWan)
+        made = dict.fromkeys(kinds)
+        for name in kinds.keys() & set(parts):
+            made[name] = load_network(kinds[name], self.model, name, torch.float32 if name == "vae" else self.dtype)
+        tokenizer = load_tokenizer(self.model, "tokenizer") if "tokenizer" in parts else None
+        return WanPipeline(tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(), **made)
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
         embedding, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
@@ -124,4 +134,5 @@ WAN = Recipe(
     frames_step=4,
     guidance_scale=5.0,
     fps=16,
+    seconds={"RTX 4090": 4.8},  # 240 s for 50 steps: github.com/Wan-Video/Wan2.1, README
 )

@@ -1,5 +1,6 @@
-"""What loaders of foreign checkpoints share: read pickles safely, fit every key or name the one that does not."""
+"""What all loaders share: every part of a model loads completely, or is refused in a sentence with the first key."""
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would download a converted copy of a .bin
+LFS = b"version https://git-lfs"  # how a Git-LFS pointer begins, which a clone without LFS has in place of a file
 
 
 class Parts(DiffusionPipeline):
@@ -27,11 +31,74 @@ class Parts(DiffusionPipeline):
         return cls(**{name: load(name) if name in parts else None for name in names})
 
 
+def load_network(kind: Any, model: str, folder: str, dtype: torch.dtype, strict: bool = False) -> nn.Module:
+    """A network of diffusers or transformers, by its class, from a folder of a model (hub id or path; "": its root).
+
+    A local folder that has only one variant (*.fp16.safetensors) loads that. strict: keys that the network does not
+    have are an error, too. Raises ValueError if a file is missing or damaged, or a key is missing or unfit.
+    """
+    name, path = f"{model}/{folder}".rstrip("/"), Path(model) / folder
+    if Path(model).is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"Cannot load {name}: {path / 'config.json'} is missing.")
+    check_pointers(path)
+    options = dict(variant=variant) if (variant := only_variant(path)) else {}
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # it is ours to refuse them
+    try:
+        network, info = kind.from_pretrained(model, subfolder=folder, dtype=dtype, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds: no such file, a damaged one, a wrong shape, a missing key
+        raise ValueError(f"Cannot load {name}: {first_line(error)}") from error
+    wrong = [f"{key} {tuple(shape)}, expected {tuple(own)}" for key, shape, own in info["mismatched_keys"]]
+    check_fit(name, info["missing_keys"], info["unexpected_keys"] if strict else [], wrong)
+    if unset := [key for key, x in network.state_dict().items() if x.is_meta]:
+        check_fit(name, unset, [], [])
+    return network.eval()
+
+
+def load_tokenizer(model: str, folder: str) -> Any:
+    """Raises ValueError if it is missing or damaged."""
+    from transformers import AutoTokenizer
+
+    name, path = f"{model}/{folder}".rstrip("/"), Path(model) / folder
+    if Path(model).is_dir() and not path.is_dir():
+        raise ValueError(f"Cannot load the tokenizer of {model}: the folder {path} is missing.")
+    check_pointers(path)
+    try:
+        return AutoTokenizer.from_pretrained(model, subfolder=folder)
+    except OSError as error:
+        raise ValueError(f"Cannot load the tokenizer {name}: {first_line(error)}") from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise ValueError(f"Cannot load the tokenizer {name}: its files are missing or damaged.") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, as one sentence."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__).rstrip(".") + "."
+
+
+def check_pointers(path: Path) -> None:
+    """Raises ValueError if a file of a local folder is a Git-LFS pointer."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []:
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):
+            raise ValueError(f"{file} is a Git-LFS pointer, not the file itself: run `git lfs pull` in its repository.")
+
+
+def only_variant(path: Path) -> str | None:
+    """The variant of a local folder that has no weights but those, e.g. "fp16"."""
+    weights = [file.name for file in (*path.glob("*.safetensors"), *path.glob("*.bin"))]
+    stems = ("model", "diffusion_pytorch_model", "pytorch_model")
+    variants = {n.split(".")[1].split("-")[0] for n in weights if n.count(".") == 2 and n.split(".")[0] in stems}
+    return variants.pop() if len(variants) == 1 and all(name.count(".") == 2 for name in weights) else None
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What torch.save wrote, by weights_only, which runs nothing that is in it. Tensors are read when they are used.
 
-    Raises OSError if there is no such file, ValueError if it holds anything else than tensors.
+    Raises OSError if the file is missing, ValueError if it holds anything but tensors.
     """
+    check_pointers(Path(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -45,7 +112,8 @@ def check_fit(what: str, missing: Iterable, unexpected: Iterable, mismatched: It
     """Raises ValueError if there is any such key."""
     for problem, keys in dict(missing=missing, unexpected=unexpected, mismatched=mismatched).items():
         if keys := sorted(map(str, keys)):
-            raise ValueError(f"{what} does not fit the model: {len(keys)} {problem} keys, first {keys[0]}.")
+            plural = "s" * (len(keys) > 1)
+            raise ValueError(f"{what} does not fit the model: {len(keys)} {problem} key{plural}, first {keys[0]}.")
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

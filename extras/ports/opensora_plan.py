@@ -19,9 +19,9 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.normalization import AdaLayerNormSingle
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import AutoTokenizer, MT5EncoderModel
+from transformers import MT5EncoderModel
 
-from extras.ports.loading import Parts, check_fit, fill, read_checkpoint
+from extras.ports.loading import Parts, fill, load_network, load_tokenizer, read_checkpoint
 
 
 class Ported(ModelMixin, ConfigMixin):
@@ -404,27 +404,12 @@ def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Parts:
     """
     text = str(Path(model) / "mt5-xxl") if (Path(model) / "mt5-xxl").is_dir() else TEXT_ENCODER
     load = dict(
-        tokenizer=lambda: AutoTokenizer.from_pretrained(text),
-        text_encoder=lambda: MT5EncoderModel.from_pretrained(text, dtype=dtype),
-        transformer=lambda: load_transformer(model, dtype),
+        tokenizer=lambda: load_tokenizer(text, ""),
+        text_encoder=lambda: load_network(MT5EncoderModel, text, "", dtype),
+        transformer=lambda: load_network(OpenSoraT2V_v1_3, model, TRANSFORMER, dtype, strict=True),
         vae=lambda: nn.Module.to(load_decoder(model), dtype),  # diffusers' own warns of nothing
     )
-    try:
-        return Parts.make(lambda name: load[name](), parts)
-    except OSError as error:
-        raise ValueError(f"Cannot load the text encoder {text}: {str(error).splitlines()[0]}") from error
-
-
-def load_transformer(model: str, dtype: torch.dtype) -> OpenSoraT2V_v1_3:
-    """The transformer of a folder or hub id, in one file or shards. Raises ValueError if it is missing or unfit."""
-    try:
-        transformer, info = OpenSoraT2V_v1_3.from_pretrained(
-            model, subfolder=TRANSFORMER, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot load {model}/{TRANSFORMER}: {str(error).splitlines()[0]}") from error
-    check_fit(f"{model}/{TRANSFORMER}", info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    return transformer
+    return Parts.make(lambda name: load[name](), parts)
 
 
 def load_decoder(model: str) -> WFVAEDecoder:
