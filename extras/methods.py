@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from backbones import in_batches
 from extras.baselines import Method, Plan
+from extras.baselines.ditctrl import DiTCtrl
 from extras.baselines.fifo import Fifo
 from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refine_levels, syncos
 
@@ -48,4 +49,6 @@ METHODS: dict[str, Callable[[Settings], Method]] = {  # from the settings that t
     "gen-l-video": lambda settings: SynCoS(replace(settings, **GEN_L_VIDEO)),
     "stage-2-alone": lambda settings: SynCoS(replace(settings, **STAGE_2_ALONE)),
     "fifo": lambda settings: Fifo(),
+    "ditctrl": lambda settings: DiTCtrl(),
+    "ditctrl-sde": lambda settings: DiTCtrl(sde=True),
 }
