@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from backbones import in_batches
 from extras.baselines import Method, Plan
+from extras.baselines.csd import CSD
 from extras.baselines.ditctrl import DiTCtrl
 from extras.baselines.fifo import Fifo
 from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refine_levels, syncos
@@ -51,4 +52,5 @@ METHODS: dict[str, Callable[[Settings], Method]] = {  # from the settings that t
     "fifo": lambda settings: Fifo(),
     "ditctrl": lambda settings: DiTCtrl(),
     "ditctrl-sde": lambda settings: DiTCtrl(sde=True),
+    "csd": lambda settings: CSD(batch=settings.csd_batch),
 }
