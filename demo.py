@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("method").add_argument
     add("--method", metavar="NAME", default="syncos",
-        help="syncos (default), gen-l-video, stage-2-alone, fifo, ditctrl, ditctrl-sde, csd")  # fmt: skip
+        help="syncos (default), gen-l-video, stage-2-alone, fifo, ditctrl, ditctrl-sde, csd, video-infinity")  # fmt: skip
     add("--ablate", nargs="+", metavar="PART", default=[],
         help="remove parts of SynCoS: stage-1, stage-2, stage-2-keep-noise, stage-3, grounded-timestep, fixed-noise, "
              "t-min, structured-prompt")  # fmt: skip

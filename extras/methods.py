@@ -8,6 +8,7 @@ from extras.baselines import Method, Plan
 from extras.baselines.csd import CSD
 from extras.baselines.ditctrl import DiTCtrl
 from extras.baselines.fifo import Fifo
+from extras.baselines.video_infinity import VideoInfinity
 from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refine_levels, syncos
 
 
@@ -53,4 +54,5 @@ METHODS: dict[str, Callable[[Settings], Method]] = {  # from the settings that t
     "ditctrl": lambda settings: DiTCtrl(),
     "ditctrl-sde": lambda settings: DiTCtrl(sde=True),
     "csd": lambda settings: CSD(batch=settings.csd_batch),
+    "video-infinity": lambda settings: VideoInfinity(),
 }
