@@ -1,17 +1,20 @@
 """The tiny world and its checkpoint: the renderer, the fit that reads it back, training, and the reproduction."""
 
 import json
+import re
 import sys
 import warnings
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from statistics import correlation, linear_regression
 from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
 from helpers import randn, rng
+from PIL import Image
 from safetensors.torch import load_file
 
 from backbones import TINY
@@ -22,12 +25,13 @@ from extras.tiny import train
 from extras.tiny import world as W
 from syncos import implied_noise, revert
 
-for package in ("scenedetect", "cv2"):
+for package in ("scenedetect", "cv2", "matplotlib"):
     pytest.importorskip(package, reason="the reproduction needs extras/requirements.txt")
 
+from extras.measure import plots  # noqa: E402
 from extras.measure import reproduce as R  # noqa: E402
 
-CHECKPOINT = Path(TINY.model)
+CHECKPOINT, PAGE = Path(TINY.model), Path(R.__file__).parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +229,9 @@ def test_tables_compare_scenario_by_scenario(cheap, capsys):
     """The printed means and differences are those of `long_video`; first what is shown, then the pictures."""
     done, few, seeds, name = {}, dict(steps=2, t_min=300, csd_iters=1), range(3), "distance x 1000"
     rows = {"SynCoS": (few, None), "Gen-L-Video": (dict(method="gen-l-video", steps=2), R.TABLES["Gen-L-Video"][1])}
-    R.compare(cheap, seeds, rows, done, done.__setitem__)
+    R.print_tables(R.measure_rows(cheap, seeds, rows, done, done.__setitem__), rows)
     blocks = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]
-    shown, shown_minus, pictures, pictures_minus = ([line.split("|") for line in block] for block in blocks)
+    _, shown, shown_minus, pictures, pictures_minus = ([line.split("|") for line in block] for block in blocks)
     assert [row[1].strip() for row in pictures[2:]] == list(rows) == [row[1].strip() for row in shown[2:]]
     assert "(paper: 0.813 - 0.889) *" in shown_minus[2][2] and "reproduced" not in " ".join(pictures_minus[2])
     column = pictures[0].index(f" {name} ")
@@ -237,13 +241,56 @@ def test_tables_compare_scenario_by_scenario(cheap, capsys):
     assert difference == pytest.approx(expected[1] - expected[0], abs=0.006)
 
 
-def test_the_tables_on_the_page_are_of_the_results_beside_it(tiny, capsys):
-    folder = Path(R.__file__).parent
-    done = dict(map(json.loads, (folder / "tables.jsonl").read_text().splitlines()))
-    R.compare(tiny, range(*R.SEEDS["tables"]), R.TABLES, done, None)
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and line[2] != "|"]
-    page = (folder / "README.md").read_text().splitlines()
-    assert len(rows) == 2 * len(R.TABLES) + 2 * (len(R.TABLES) - 1) and not [row for row in rows if row not in page]
+@pytest.fixture(scope="module")
+def page_videos(tiny):
+    """What tables.jsonl holds of the rows on the page; nothing is made anew."""
+    done = dict(map(json.loads, (PAGE.parent / "tables.jsonl").read_text().splitlines()))
+    return R.measure_rows(tiny, range(*R.SEEDS["tables"]), R.TABLES, done, None)
+
+
+def test_the_page_quotes_the_tables_beside_it(page_videos, capsys):
+    """Its summary is the printed one, each interval quoted under "What we found" is printed, and motion goes with
+    picture consistency as it says."""
+    R.print_tables(page_videos, R.TABLES)
+    printed, page = capsys.readouterr().out, PAGE.read_text()
+    summary = printed.split("\n\n")[1]
+    assert len(summary.splitlines()) == 2 + len(R.TABLES) and summary in page
+    found = re.search(r"^## What we found\n(.*?)^## ", page, re.MULTILINE | re.DOTALL).group(1)
+    quoted = re.findall(r"-?\d+\.\d+\s\[.*?\]", found, re.DOTALL)
+    assert quoted and not [figure for figure in quoted if f" {' '.join(figure.split())} " not in printed]
+    pairs = [
+        [R.differences(page_videos, row, measure) for measure in ("motion x 1000", "picture consistency")]
+        for row in ("FIFO-Diffusion", "w/o stage 3")
+    ]
+    correlations = " and ".join(f"{correlation(*pair):.2f}" for pair in pairs)
+    at_equal_motion = " and ".join(f"{linear_regression(*pair).intercept:.2f}" for pair in pairs)
+    page = " ".join(page.split())
+    assert f"correlate over the stories ({correlations})" in page and f"lines predict {at_equal_motion}." in page
+
+
+def test_the_pictures_on_the_page_are_of_the_tables_beside_it(page_videos):
+    """A picture's own numbers are those of the file; every row of the tables is in the forest plot."""
+    for name, (numbers, _) in plots.PICTURES.items():
+        drawn, points = json.loads(Image.open(PAGE.parent / name).text["data"]), numbers(page_videos)
+        assert list(drawn) == list(points) and f"]({name})" in PAGE.read_text()
+        for row, measure in ((name, measure) for name in points for measure in points[name]):
+            got, wanted = drawn[row][measure], points[row][measure]
+            assert got[:4] == pytest.approx(wanted[:4], abs=2e-4) and got[4:] == wanted[4:]
+    assert {"SynCoS", *plots.forest_points(page_videos)} == set(R.TABLES)
+
+
+def test_points_of_pictures_by_hand():
+    """Differences are paired, and the paper's number lies beside them; costs and means are the rows' own."""
+    measures = {*plots.DIFFERENCES, *plots.AGAINST_COST}
+    make = lambda values: [dict.fromkeys(measures, v) | dict(evaluations=7) for v in values]  # noqa: E731
+    videos = {"SynCoS": make([5.0, 1.0, 9.0]), "Gen-L-Video": make([4.0, 0.0, 8.0])}
+    own = plots.forest_points(videos)["Gen-L-Video"]
+    assert own["local fidelity"] == [-1, -1, -1, pytest.approx(0.351 - 0.354), "reproduced"]
+    assert own["picture consistency"][3:] == [pytest.approx(0.8134 - 0.8892), "reproduced"]
+    evaluations, mean, low, high = plots.cost_points(videos)["SynCoS"]["identities"]
+    assert (evaluations, mean) == (7, 5) and low < 5 < high
+    for draw, numbers in ((plots.draw_forest, plots.forest_points), (plots.draw_cost, plots.cost_points)):
+        draw(numbers(videos))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

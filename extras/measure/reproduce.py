@@ -7,7 +7,7 @@
         four-event videos, SynCoS against Gen-L-Video or any settings: do the windows show one identity (colour and
         place), and do they follow their prompts?
     python -m extras.measure.reproduce tables
-        the same for the rows of the paper's Tables 1 to 3
+        the same for the rows of the paper's tables; `extras.measure.plots` draws them
 
 A video is read by fitting the world's own renderer to its frames. Each result is appended to a file as it comes, so an
 interrupted command resumes.
@@ -277,6 +277,7 @@ TABLES = {  # row: what is changed; the paper's consistency of subject and backg
     "w/o t_min": (ABLATIONS["t-min"], ((0.724, 0.854, 0.373), TABLE_2)),
     "w/o structured prompt": (dict(structured=False), ((0.837, 0.903, 0.362), TABLE_2)),
 }
+SUMMARY = ["subject consistency", "background consistency", "local fidelity", "identities", "distance x 1000"]
 PAPERS = {  # which of these numbers is a measure's. Subject consistency's twice, as the paper's features see noise too
     "subject consistency": 0, "background consistency": 1, "local fidelity": 2, "global fidelity": 3,
     "picture consistency": 0,
@@ -291,9 +292,8 @@ def verdict(differences: list[float], papers: float) -> str:
     return "reproduced" if mean * papers > 0 else "not reproduced"
 
 
-def compare(model, seeds: range, rows: dict[str, tuple], done: dict, keep: Callable) -> None:
-    """Tables in Markdown: the rows' means; and what tells each from the first, scenario by scenario, with the paper's
-    numbers and the verdict where it has some. rows: as TABLES."""
+def measure_rows(model, seeds: range, rows: dict[str, tuple], done: dict, keep: Callable) -> dict[str, list[dict]]:
+    """The values of every row's videos, one per scenario. rows: as TABLES."""
     videos: dict[str, list[dict]] = {}
     with tqdm(total=len(rows) * len(seeds), unit="video") as bar:
         for name, (change, _) in rows.items():
@@ -302,23 +302,42 @@ def compare(model, seeds: range, rows: dict[str, tuple], done: dict, keep: Calla
             for seed in seeds:
                 videos[name].append(long_video(model, seed, change, done, keep))
                 bar.update()
+    return videos
+
+
+def differences(videos: dict[str, list[dict]], name: str, measure: str) -> list[float]:
+    """A row minus the first one, scenario by scenario."""
+    return [a[measure] - b[measure] for a, b in zip(videos[name], next(iter(videos.values())))]
+
+
+def papers_pair(row: tuple, measure: str) -> tuple[float, float] | None:
+    """The paper's numbers for a row of TABLES and for SynCoS in the same table; None where it has none."""
+    k = PAPERS.get(measure, math.inf)
+    return (row[1][0][k], row[1][1][k]) if row[1] and k < len(row[1][0]) else None
+
+
+def print_tables(videos: dict[str, list[dict]], rows: dict[str, tuple]) -> None:
+    """Tables in Markdown: a summary, the rows' means, and their differences from the first row, scenario by scenario,
+    with the paper's numbers and the verdict where it has some."""
     first, *others = rows
-    print(f"{len(seeds)} scenarios of four events; mean [95 % bootstrap interval]")
+    head = lambda measures: f"| | {' | '.join(measures)} |\n" + "|---" * (len(measures) + 1) + "|"  # noqa: E731
+    print(f"{len(videos[first])} scenarios of four events; means\n\n{head(['evaluations', *SUMMARY])}")
+    for name, each in videos.items():
+        means = [f"{statistics.mean(v[m] for v in each):.2f}" for m in SUMMARY]
+        print(f"| {name} | {each[0]['evaluations']} | {' | '.join(means)} |")
+    print("\nMean [95 % bootstrap interval]")
     for group in MEASURES:
         measures = [measure for measure in group if measure in videos[first][0]]
-        head = f"| | {' | '.join(measures)} |\n" + "|---" * (len(measures) + 1) + "|"
-        print(f"\n{head}")
+        print(f"\n{head(measures)}")
         for name, each in videos.items():
             print(f"| {name} | {' | '.join(interval([v[m] for v in each]) for m in measures)} |")
-        print(f"\nMinus {first}, scenario by scenario; in brackets the paper's row and {first}\n\n{head}")
+        print(f"\nMinus {first}, scenario by scenario; in brackets the paper's row and {first}\n\n{head(measures)}")
         for name in others:
-            differences = [[a[m] - b[m] for a, b in zip(videos[name], videos[first])] for m in measures]
-            cells = [interval(d) for d in differences]
-            theirs, syncos_ = rows[name][1] or ((), ())
-            for i, k in enumerate(PAPERS.get(measure, 4) for measure in measures):
-                if k < len(theirs):
-                    papers = theirs[k] - syncos_[k]
-                    cells[i] += f" (paper: {theirs[k]:.3g} - {syncos_[k]:.3g}) *{verdict(differences[i], papers)}*"
+            cells = []
+            for m in measures:
+                cells.append(interval(d := differences(videos, name, m)))
+                if pair := papers_pair(rows[name], m):
+                    cells[-1] += " (paper: {:.3g} - {:.3g})".format(*pair) + f" *{verdict(d, pair[0] - pair[1])}*"
             print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -373,7 +392,7 @@ def main() -> None:
     if args.what == "quality":
         quality(model, args.clips, done, keep)
     else:
-        compare(model, range(first, last), rows, done, keep)
+        print_tables(measure_rows(model, range(first, last), rows, done, keep), rows)
 
 
 if __name__ == "__main__":
