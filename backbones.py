@@ -224,8 +224,7 @@ def in_batches(predict: Callable, size: int, done: Callable[[int], Any] = lambda
     """
 
     def predict_in_batches(latents: Tensor, t: float | Tensor, prompts: list[str]) -> Tensor:
-        several = dist.is_available() and dist.is_initialized()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        rank, world = processes()
         out = torch.zeros_like(latents)
         for n, i in enumerate(range(0, len(prompts), size)):
             batch = slice(i, i + size)
@@ -240,6 +239,12 @@ def in_batches(predict: Callable, size: int, done: Callable[[int], Any] = lambda
         return out
 
     return predict_in_batches
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and the number of processes."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 def free_memory() -> None:
@@ -343,7 +348,7 @@ class CogVideoX(Backbone):
 
         kinds = dict(text_encoder=T5EncoderModel, transformer=Transformer, vae=AutoencoderKLCogVideoX)
         made = dict.fromkeys(kinds)
-        for name in kinds.keys() & set(parts):
+        for name in filter(parts.__contains__, kinds):
             made[name] = load_network(kinds[name], self.model, name, self.dtype)
         tokenizer = load_tokenizer(self.model, "tokenizer") if "tokenizer" in parts else None
         return CogVideoXPipeline(tokenizer, scheduler=CogVideoXDDIMScheduler.from_config(self.scheduler), **made)

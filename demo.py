@@ -39,12 +39,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt", help='local prompts, one per event, separated by "|"')
     add("--global_prompt", default="", help="what stays the same throughout (with --prompt)")
     add("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}')
-    add("--scenario", metavar="NAME", help="a ready story, see --list_scenarios")
-    add("--list_scenarios", action="store_true", help="print the ready stories and stop")
+    add("--scenario", metavar="NAME", help="a ready-made story, see --list_scenarios")
+    add("--list_scenarios", action="store_true", help="print the ready-made stories and stop")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", metavar="NAME", default="syncos",
-        help="syncos (default), gen-l-video, stage-2-alone, fifo, ditctrl, ditctrl-sde, csd, video-infinity")  # fmt: skip
+        help="syncos (default), gen-l-video, stage-2-alone, fifo, ditctrl, ditctrl-sde, csd, "
+            "video-infinity")  # fmt: skip
     add("--ablate", nargs="+", metavar="PART", default=[],
         help="remove parts of SynCoS: stage-1, stage-2, stage-2-keep-noise, stage-3, grounded-timestep, fixed-noise, "
              "t-min, structured-prompt")  # fmt: skip
@@ -310,7 +311,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(missing)
         backbone = load(args, recipe, device, dtype)
         if not args.decode:
-            V.say(run.describe())
+            V.say(f"{run.describe()}\nLoading {recipe.model}")
             runs.encode(backbone, run.plan.texts)
         backbone.load(decoder_only=bool(args.decode))
         if args.compile and not args.decode:

@@ -1,12 +1,12 @@
-"""Structured prompts: one global prompt for what stays, one local prompt an event for what changes.
+"""Structured prompts: one global prompt for what stays, one local prompt per event for what changes.
 
     python prompts.py "A cat wakes up, hunts a fly and falls asleep again" --num_prompts 3
         prints the instruction for any chat model (the paper used GPT-4o); save its answer as a JSON file
     python prompts.py "..." --num_prompts 3 --llm MODEL [--base_url URL] --output story.json
-        asks the model itself, on the Hugging Face hub or any OpenAI-compatible server, and writes that file
+        asks a model on the Hugging Face hub or any OpenAI-compatible server, and writes that file
     python demo.py --story story.json
 
-Standard library only, until a model is asked.
+Needs only the standard library unless it asks a model.
 """
 
 from __future__ import annotations  # for Python 3.8 to 3.10
@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST = 10_000  # characters of a prompt
+LONGEST = 10_000  # characters per prompt
 
 
 @dataclass(frozen=True)
 class Story:
-    """A structured prompt: one local prompt an event, in time order. Raises ValueError for an empty one."""
+    """A structured prompt: one local prompt per event, in time order. Raises ValueError if empty."""
 
     global_prompt: str
     local_prompts: tuple[str, ...]
@@ -42,7 +42,7 @@ class Story:
             raise ValueError(f"A prompt has {len(longest)} characters; no model reads more than {LONGEST}.")
 
     def event_prompts(self, structured: bool = True) -> list[str]:
-        """The text of each event: global and local put together, or the local alone (the paper's ablation)."""
+        """Text of each event: global and local prompt joined, or the local one alone (the paper's ablation)."""
         parts = [[self.global_prompt, text] if structured else [text] for text in self.local_prompts]
         return [" ".join(part.strip() for part in pair if part.strip()) for pair in parts]
 
@@ -53,7 +53,7 @@ def parse_events(text: str, global_prompt: str = "") -> Story:
 
 
 def parse_story(text: str, count: int | None = None) -> Story:
-    """A story from JSON, {"global": "...", "local": ["...", ...]}; of `count` events, if given. Raises ValueError."""
+    """A story from JSON, {"global": "...", "local": ["...", ...]}, with `count` events if given. Raises ValueError."""
     form = 'expected {"global": "...", "local": ["...", ...]}'
     try:
         data = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else None)
@@ -61,10 +61,10 @@ def parse_story(text: str, count: int | None = None) -> Story:
     except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"This is not JSON ({error}); {form}.") from None
     if not isinstance(data, dict) or set(data) != {"global", "local"}:
-        raise ValueError(f'A story is an object with the keys "global" and "local", once each and no others; {form}.')
+        raise ValueError(f'A story is an object with just the keys "global" and "local", once each; {form}.')
     local = data["local"]
     if not isinstance(data["global"], str) or not isinstance(local, list) or not all(isinstance(p, str) for p in local):
-        raise ValueError(f'"global" must be a text and "local" a list of texts; {form}.')
+        raise ValueError(f'"global" must be a string and "local" a list of strings; {form}.')
     if count is not None and len(local) != count:
         raise ValueError(f"The story has {len(local)} local prompts where {count} were asked for.")
     if count is not None and not data["global"].strip():
@@ -73,7 +73,7 @@ def parse_story(text: str, count: int | None = None) -> Story:
 
 
 def load_story(path: str | Path) -> Story:
-    """A story from a JSON file, in UTF-8 or what a byte order mark says. Raises ValueError with the file's name."""
+    """A story from a JSON file in UTF-8, or UTF-16 with a byte order mark. Raises ValueError that names the file."""
     try:
         data = Path(path).read_bytes()
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -87,16 +87,16 @@ def load_story(path: str | Path) -> Story:
 
 
 def to_json(story: Story) -> str:
-    """What `parse_story` reads."""
+    """JSON that `parse_story` reads."""
     return (
         json.dumps({"global": story.global_prompt, "local": story.local_prompts}, indent=2, ensure_ascii=False) + "\n"
     )
 
 
 def assign_events(windows: Sequence[slice], events: int) -> list[int]:
-    """The event of each window, by the position of its centre: events share the range of centres evenly. [ours]
+    """Event of each window, by the position of its centre: events share the range of centres evenly. [ours]
 
-    Raises ValueError when an event would get no window.
+    Raises ValueError if an event would get no window.
     """
     centres = [(w.start + w.stop) / 2 for w in windows]
     spacing = (centres[-1] - centres[0]) / max(len(windows) - 1, 1) or 1.0
@@ -104,14 +104,14 @@ def assign_events(windows: Sequence[slice], events: int) -> list[int]:
     assigned = [int((c - start) / span * events) for c in centres]
     if set(assigned) != set(range(events)):
         raise ValueError(
-            f"{events} events do not fit into {len(windows)} windows; take fewer events, more frames or less stride."
+            f"{events} events do not fit into {len(windows)} windows; use fewer events, more frames or less stride."
         )
     return assigned
 
 
 def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple[float, float]]:
-    """From where to where each event lasts, as shares of the video (0 to 1): events meet half-way between the centres
-    of the windows on either side."""
+    """Start and end of each event as fractions of the video (0 to 1). Events meet half-way between the centres of the
+    windows on either side."""
     centres = [(w.start + w.stop) / 2 for w in windows]
     cuts = [(a + b) / 2 for a, b, i, j in zip(centres, centres[1:], assigned, assigned[1:]) if i != j]
     edges = [0.0, *(c / windows[-1].stop for c in cuts), 1.0]
@@ -119,13 +119,13 @@ def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple
 
 
 def frame_events(windows: Sequence[slice], assigned: Sequence[int]) -> list[int]:
-    """The event of each latent frame: that in whose span its middle lies."""
+    """Event of each latent frame: the one whose span contains its middle."""
     stops, frames = [stop for _, stop in event_spans(windows, assigned)], windows[-1].stop
     return [next(e for e, stop in enumerate(stops) if (k + 0.5) / frames < stop) for k in range(frames)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Ready stories: one of each kind that the paper shows, and some for the tiny world
+# Ready-made stories: one of each kind in the paper, and some for the tiny world
 
 SCENARIOS = {
     # object motion control
@@ -239,14 +239,14 @@ Scenario: {scenario}
 
 
 def instruction(scenario: str, count: int) -> str:
-    """The text that asks a language model for `count` local prompts and a global one."""
+    """Text that asks a language model for a global prompt and `count` local ones."""
     return INSTRUCTION.format(scenario=scenario.strip(), count=count, dots=", ".join(['"..."'] * count))
 
 
 def find_story(answer: str, count: int) -> Story:
-    """The story in a model's answer, whatever stands around it: the last object that has the form of one.
+    """Find the story in a model's answer, whatever surrounds it: the last object with a story's keys.
 
-    Raises ValueError, which says what is wrong with the answer.
+    Raises ValueError stating what is wrong with the answer.
     """
     answer = answer.rpartition("</think>")[2].strip()
     if not answer:
@@ -265,7 +265,7 @@ def find_story(answer: str, count: int) -> Story:
 
 
 def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
-    """Have `chat(messages) -> answer` split the scenario. A bad answer is asked for once more, with what was wrong.
+    """Have `chat(messages) -> answer` split the scenario. After a bad answer, state the error and ask once more.
 
     Raises ValueError if the second answer is bad too.
     """
@@ -276,13 +276,13 @@ def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
             return find_story(answer, count)
         except ValueError as error:
             if attempt == 1:
-                raise ValueError(f"The model's answer is not a story, twice: {error}") from None
+                raise ValueError(f"Neither of the model's two answers is a story: {error}") from None
             complaint = f"That answer cannot be used: {error} Answer again, with the JSON alone."
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": complaint}]
 
 
 def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
-    """`chat` for `ask`: a model on the hub (key: HF_TOKEN), or on an OpenAI-compatible server (OPENAI_API_KEY)."""
+    """Make `chat` for `ask`: a model on the hub (key: HF_TOKEN), or on an OpenAI-compatible server (OPENAI_API_KEY)."""
     from huggingface_hub import InferenceClient
 
     key = os.environ.get("OPENAI_API_KEY") if base_url else None
@@ -292,9 +292,9 @@ def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
         try:
             choices = client.chat_completion(messages, model=model, max_tokens=4000).choices
         except json.JSONDecodeError:
-            raise ConnectionError("what came is not JSON; is --base_url an OpenAI-compatible server?") from None
+            raise ConnectionError("its response is not JSON; is --base_url an OpenAI-compatible server?") from None
         if not choices:
-            raise ConnectionError("what came holds no choices.")
+            raise ConnectionError("its response has no choices.")
         content = choices[0].message.content or ""
         if not isinstance(content, str):  # in parts
             content = "".join(part.get("text") or "" for part in content)
@@ -322,9 +322,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         if args.output.exists():
-            parser.error(f"{args.output} exists already; name another file with --output.")
+            parser.error(f"{args.output} already exists; choose another file with --output.")
         if not args.output.absolute().parent.is_dir():
-            parser.error(f"The folder of {args.output} does not exist; make it first.")
+            parser.error(f"The folder of {args.output} does not exist; create it first.")
     except OSError as error:
         parser.error(f"{args.output} cannot be written: {error.strerror}.")
     if args.base_url and not args.base_url.startswith(("http://", "https://")):
@@ -337,10 +337,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"prompts.py: {error}")
     except KeyboardInterrupt:
         sys.exit("Stopped.")
-    except Exception as error:  # whatever a network and a server can do
+    except Exception as error:  # any failure of network or server
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        sys.exit(f"prompts.py: {args.llm} did not answer: {reason}")
-    print(to_json(story) + f"Written to {args.output}; now: python demo.py --story {args.output}")
+        sys.exit(f"prompts.py: {args.llm} gave no usable answer: {reason}")
+    print(to_json(story) + f"Wrote {args.output}. Next: python demo.py --story {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the command line and the measurements share: videos, contact sheets, tensors on disk; checks of what is asked.
+"""Shared by the command line and the measurements: videos, contact sheets, tensors on disk, and checks of arguments.
 
-Frames are H x W x 3 uint8 arrays, one at a time. Everything is written whole or not at all: `replacing`.
+Frames are H x W x 3 uint8 arrays, one at a time. Files are written completely or not at all: `replacing`.
 """
 
 import functools
@@ -21,7 +21,7 @@ import torch
 
 
 def say(text: str) -> None:
-    """Print; if nobody reads on (`demo.py | head -1`), be silent from then on instead of failing."""
+    """Print; once the reader has left (`demo.py | head -1`), stay silent instead of failing."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -33,7 +33,7 @@ def say(text: str) -> None:
 
 
 def device_kind(device: str) -> str:
-    """cuda, mps or cpu. Raises ValueError for other kinds of devices."""
+    """Kind of a device: cuda, mps or cpu. Raises ValueError for others."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -44,7 +44,7 @@ def device_kind(device: str) -> str:
 
 
 def missing_device(device: str) -> str:
-    """A sentence for the user if this machine does not have the device, else empty."""
+    """Error message if this machine does not have the device, else empty."""
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (torch.device(device).index or 0) < count[device_kind(device)]:
         return ""
@@ -52,26 +52,26 @@ def missing_device(device: str) -> str:
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ValueError if no file of that kind can be written there."""
+    """Raise ValueError if a file of this kind cannot be written there."""
     folder, size = path.absolute().parent, len(os.fsencode(path.name))
     try:
         longest = os.pathconf(folder, "PC_NAME_MAX") if folder.is_dir() else 255
         if size > longest:
-            raise ValueError(f"A file name of {size} bytes is too long, {longest} are possible: {path.name}.")
+            raise ValueError(f"A file name of {size} bytes is too long; at most {longest} are allowed: {path.name}.")
         if path.suffix.lower() not in suffixes:
             raise ValueError(f"The name of {path} must end in {' or '.join(suffixes)}.")
         if not folder.is_dir():
-            raise ValueError(f"The folder of {path} does not exist; make it first.")
+            raise ValueError(f"The folder of {path} does not exist; create it first.")
         if path.resolve().is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-            raise ValueError(f"{path} cannot be written; name another file.")
-        with NamedTemporaryFile(dir=folder, suffix=path.suffix):  # asks the file system itself
+            raise ValueError(f"{path} cannot be written; choose another file.")
+        with NamedTemporaryFile(dir=folder, suffix=path.suffix):  # tests the file system itself
             pass
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def check_distinct(files: dict[str, Path]) -> None:
-    """Raises ValueError if two of the files, by what they are for, are one."""
+    """Raise ValueError if two files (purpose -> path) are the same."""
     seen: dict[Path, str] = {}
     for what, path in files.items():
         if (other := seen.setdefault(path.resolve(), what)) != what:
@@ -84,9 +84,9 @@ def check_distinct(files: dict[str, Path]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end. Raises OSError, one sentence that names `path`.
+    """Yield a temporary path that replaces `path` at the end. Raises OSError, one sentence that names `path`.
 
-    Its name is short, and holds the process's number: two runs that write one file do not write into each other's.
+    Its name is short and contains the process ID, so two runs that write the same file do not collide.
     """
     partial = path.with_name(f".partial-{os.getpid()}{path.suffix}")
     try:
@@ -100,7 +100,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
-    """Safetensors with `about` in its metadata. Raises OSError."""
+    """Write safetensors with `about` in the metadata. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -113,7 +113,7 @@ def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[st
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises ValueError if the file is missing, damaged or something else."""
+    """Read what `write_tensors` wrote. Raises ValueError if the file is missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -127,9 +127,9 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
-    """The frames of a video file and its frame rate, without repeats where the rate varies.
+    """Frames of a video file, without repeats where the rate varies, and its frame rate.
 
-    Raises ValueError if it has none, or is a WebP, which stores equal frames once.
+    Raises ValueError if it has no frames, or is a WebP, which stores equal frames once.
     """
     import imageio.v2 as imageio
 
@@ -139,15 +139,15 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
     try:
         reader = imageio.get_reader(path, **options)
         meta = reader.get_meta_data()
-        fps = meta.get("fps") or 1000 / meta["duration"]  # of a gif: milliseconds per frame
+        fps = meta.get("fps") or 1000 / meta["duration"]  # gif: milliseconds per frame
         first = reader.get_data(0)
-    except Exception as error:  # whatever the decoder says
-        raise ValueError(f"{path} is not a video that can be read ({type(error).__name__}).") from error
+    except Exception as error:  # any error of the decoder
+        raise ValueError(f"{path} cannot be read as a video ({type(error).__name__}).") from error
     return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: str = "") -> None:
-    """Frames as mp4 that plays everywhere, with a comment in its metadata, or as gif or webp. Raises OSError."""
+    """Write frames as mp4 that plays everywhere, with a comment in its metadata, or as gif or webp. Raises OSError."""
     from imageio_ffmpeg import write_frames
 
     first = next(frames)
@@ -157,7 +157,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: s
     elif path.suffix.lower() == ".webp":
         options = dict(codec="libwebp_anim", pix_fmt_out="yuv420p", quality=None, macro_block_size=2)
         options |= dict(output_params=["-quality", "75", "-loop", "0"])
-    else:  # a palette of its own for each frame, so that ffmpeg need not keep them all
+    else:  # one palette per frame, so that ffmpeg need not keep all frames
         palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
         options = dict(codec="gif", pix_fmt_out="pal8", macro_block_size=1, output_params=["-filter_complex", palette])
     options |= dict(fps=fps, ffmpeg_log_level="quiet")
@@ -172,14 +172,14 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: s
                 except OSError:
                     break
         if not is_whole(partial, written):
-            raise OSError("ffmpeg could not finish it (is the disk full?)")
+            raise OSError("ffmpeg could not finish the file (is the disk full?)")
 
 
 def is_whole(path: Path, frames: int) -> bool:
-    """Does a video hold so many frames? When the disk is full ffmpeg ends in silence."""
+    """Whether a video has this many frames: ffmpeg fails silently on a full disk."""
     from imageio_ffmpeg import count_frames_and_secs
 
-    if path.suffix.lower() == ".webp":  # equal frames are one there, so ask for the length that the file should have
+    if path.suffix.lower() == ".webp":  # stores equal frames once, so compare the file's length with its header
         data = path.read_bytes() if path.exists() else b""
         return len(data) == 8 + int.from_bytes(data[4:8], "little")
     try:
@@ -189,7 +189,7 @@ def is_whole(path: Path, frames: int) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What people look at: a story's video and its contact sheet
+# Outputs to look at: a story's video and its contact sheet
 
 
 FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/System/Library/Fonts",
@@ -197,14 +197,14 @@ FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/sha
 
 
 def lacks(font: Any, text: str) -> str:
-    """The letters of a text that a font draws as the box of what it does not have."""
+    """Letters of a text that a font lacks and draws as a box."""
     missing = bytes(font.getmask("\U0010ffff"))
     return "".join(letter for letter in dict.fromkeys(text) if letter > "~" and bytes(font.getmask(letter)) == missing)
 
 
 @functools.cache
 def find_font(letters: str) -> tuple[Any, str]:
-    """The file of a font that has these letters (None: Pillow's own), and the letters that no font here has."""
+    """File of a font that has these letters (None: Pillow's own), and the letters that no font here has."""
     from PIL import ImageFont
 
     best = None, lacks(ImageFont.load_default(12), letters)
@@ -212,7 +212,7 @@ def find_font(letters: str) -> tuple[Any, str]:
         for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".ttc", ".otf")):
             try:
                 rest = lacks(ImageFont.truetype(str(file), 12), letters)
-            except Exception:  # noqa: BLE001, whatever a damaged font leads to
+            except Exception:  # noqa: BLE001, any error of a damaged font
                 continue
             best = (str(file), rest) if len(rest) < len(best[1]) else best
             if not rest:
@@ -223,7 +223,7 @@ def find_font(letters: str) -> tuple[Any, str]:
 
 
 def get_font(size: int, text: str) -> Any:
-    """A font for a text."""
+    """Font for a text."""
     from PIL import ImageFont
 
     file, _ = find_font("".join(sorted(set(text))))
@@ -233,9 +233,9 @@ def get_font(size: int, text: str) -> Any:
 def contact_sheet(
     path: Path, picked: dict[str, dict[int, np.ndarray]], rows: list[tuple[list[int], str]], title: str
 ) -> None:
-    """A PNG: for each event its heading and below it a row of frames for each method. Raises OSError.
+    """Write a PNG: for each event its heading, then one row of frames per method. Raises OSError.
 
-    picked: method -> video frame number -> picture; rows: the frame numbers and the heading of each event.
+    picked: method -> video frame number -> picture; rows: frame numbers and heading of each event.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -279,8 +279,8 @@ def contact_sheet(
 
 
 def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.ndarray:
-    """A strip to go under a frame: the methods' names below their pictures, if there are several, and some lines of
-    text. An even number of rows x width x 3."""
+    """Strip to put under a frame, rows (an even number) x width x 3: the methods' names below their pictures, if there
+    are several, and `lines` lines of text."""
     from PIL import Image, ImageDraw
 
     size = caption_size(width // len(names))
@@ -298,7 +298,7 @@ def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.nda
 
 
 def caption_size(width: int) -> int:
-    """Of the letters, for pictures that wide."""
+    """Font size for pictures of this width."""
     return min(max(width // 18, 12), 22)
 
 
@@ -316,10 +316,10 @@ def write_story(
     captions: bool = False,
     comment: str = "",
 ) -> None:
-    """The video, methods side by side, and the contact sheet beside it, of frames that are taken one by one.
+    """Write the video, methods side by side, and its contact sheet, from frames that are consumed one by one.
 
-    streams: method -> its `count` frames; events: from where to where, as shares of the video, and the prompt. Small
-    frames are enlarged to about 256 rows; captions: with the prompt of the event that plays. Raises OSError.
+    streams: method -> its `count` frames; events: start and end as fractions of the video, and the prompt. Small
+    frames are enlarged to about 256 rows; captions: add the prompt of the current event. Raises OSError.
     """
     from tqdm import tqdm
 

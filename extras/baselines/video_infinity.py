@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import syncos as S
+from backbones import processes
 from extras.baselines import Plan
 from extras.models.videocrafter2 import VideoCrafter2
 
@@ -110,12 +111,6 @@ def logit_bias(frames: int, near: int, shared: int, bias: float, layout: bool) -
     distance = torch.arange(-near, frames + near) - torch.arange(frames)[:, None]  # f p+f+p
     local = torch.where(distance.abs() <= near, 0.0 if layout else bias, -torch.inf)
     return torch.cat([local, torch.full((frames, shared), bias if layout else 0.0)], 1)
-
-
-def processes() -> tuple[int, int]:
-    """This process's rank and the number of processes, W."""
-    several = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
 
 
 def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor, Tensor]:

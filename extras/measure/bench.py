@@ -1,11 +1,11 @@
-"""Measure the program: one table, every row from one run on one machine, so read the ratios and not the seconds.
+"""Benchmark the program. All rows come from one run on one machine, so read the ratios, not the seconds.
 
-    python -m extras.measure.bench                         every row that this machine can show: minutes
+    python -m extras.measure.bench                         every row that this machine can measure: minutes
     python -m extras.measure.bench --only overhead length  some of: model overhead length methods processes memory
 
-"2B" is a transformer of CogVideoX-2B's size with random weights. Memory is what a piece needs at its peak above what is
-there when it starts: of a GPU by torch's allocator, of a CPU process by the kernel's count (Linux). The part
-"memory" is a prediction, the same on every machine: see memory.py.
+"2B" is a transformer of CogVideoX-2B's size with random weights. Memory is a row's peak above what is in
+use when it starts, counted by torch's allocator (GPU) or by the Linux kernel (CPU process). The part "memory" is a
+prediction, the same on every machine: see memory.py.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LEVEL = S.Level(899, 0.15, 0.99)
 
 
 def seconds(f: Callable[[], object], runs: int = 5) -> float:
-    """Median time of f, once warm."""
+    """Median time of f after a warm-up."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()
@@ -46,21 +46,21 @@ def seconds(f: Callable[[], object], runs: int = 5) -> float:
 
 
 def peak(f: Callable[[], object]) -> float:
-    """MiB that f needs at its peak above what is there when it starts."""
+    """Peak memory of f in MiB, above what is in use when it starts."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         f()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024  # noqa: E731
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
     f()
     return status("VmHWM") - before
 
 
 def in_new_process(f: Callable, *args):
-    """f(*args), where no memory that was freed before lies about."""
+    """f(*args) in a new process, without memory left over from before."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(f, *args).result()
 
@@ -71,7 +71,7 @@ def evaluations(recipe: Recipe, name: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The model: what a window evaluation costs at CogVideoX-2B's size
+# The model: cost of evaluating a window at CogVideoX-2B's size
 
 
 def make_2b(layers: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -83,7 +83,7 @@ def make_2b(layers: int, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def evaluation(transformer: torch.nn.Module, windows: int, calls: int = 1) -> Callable[[], None]:
-    """A guided evaluation of some windows, the two halves of the guidance in one call of the transformer or in two."""
+    """Guided evaluation of some windows, with both halves of the guidance in one call of the transformer or in two."""
     n = 2 * windows // calls
     x, text, t = torch.randn(n, BIG.window, *BIG.latent), torch.randn(n, 226, 4096), torch.full((n,), 500)
     x, text, t = x.to(DEVICE, transformer.dtype), text.to(DEVICE, transformer.dtype), t.to(DEVICE)
@@ -97,7 +97,7 @@ def evaluation(transformer: torch.nn.Module, windows: int, calls: int = 1) -> Ca
 
 @functools.cache
 def evaluation_seconds() -> float:
-    """One guided window: on a CPU one layer, float32, times 30."""
+    """Seconds per guided window; on a CPU, 30 times one layer in float32."""
     if DEVICE == "cpu":
         return 30 * seconds(evaluation(make_2b(1, torch.float32), 1), runs=1)
     return seconds(evaluation(make_2b(30, torch.float16), 1))
@@ -106,19 +106,19 @@ def evaluation_seconds() -> float:
 def model() -> Iterator[tuple[str, str]]:
     base = evaluation_seconds()
     if DEVICE == "cpu":
-        yield "2B, a guided window: 30 times one layer, float32", f"{base:.0f} s"
+        yield "2B, one guided window: 30 times one layer, float32", f"{base:.0f} s"
     else:
         yield from whole_model(base)
 
 
 def whole_model(base: float) -> Iterator[tuple[str, str]]:
-    """For a GPU; base: seconds of a guided window in float16."""
+    """Rows for a GPU. base: seconds per guided window in float16."""
     for dtype in (torch.bfloat16, torch.float16):
-        transformer, gib = make_2b(30, dtype), lambda f: f"{peak(f) / 1024:.1f} GiB beside the weights"
+        transformer, gib = make_2b(30, dtype), lambda f: f"{peak(f) / 1024:.1f} GiB besides the weights"
         for windows, calls in ((1, 1), (1, 2), (2, 1), (4, 1)):
             f = evaluation(transformer, windows, calls)
             name = f"2B, {dtype}, {windows} window{'s' * (windows > 1)}, guidance in {calls} call{'s' * (calls > 1)}"
-            yield name, f"{seconds(f) / windows:.3f} s a window, {gib(f)}"
+            yield name, f"{seconds(f) / windows:.3f} s per window, {gib(f)}"
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
     pipe = CogVideoXPipeline(None, None, None, transformer, CogVideoXDDIMScheduler.from_config(BIG.scheduler))
@@ -160,7 +160,7 @@ def overhead() -> Iterator[tuple[str, str]]:
 
 
 def cost_of_sampling(frames: int) -> tuple[float, float]:
-    """A step of all three stages, five iterations."""
+    """MiB and seconds of a step of all three stages, five iterations."""
     windows = S.make_windows(frames, BIG.window, BIG.settings.stride)
     x, settings = torch.randn(frames, *BIG.latent).to(DEVICE), replace(BIG.settings, csd_iters=5)
     args = ([LEVEL, S.Level(-1, 1, 0)], windows, [""] * len(windows), settings, torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def cost_of_decoding(frames: int) -> tuple[float, float]:
 
 
 def length() -> Iterator[tuple[str, str]]:
-    """In multiples of the base clip."""
+    """Costs at multiples of the base clip."""
     for what, cost, recipe in (("sampling", cost_of_sampling, BIG), ("decoding", cost_of_decoding, TINY)):
         for times in (1, 4, 16):
             frames = times * (recipe.window - 1) + 1
@@ -186,7 +186,7 @@ def length() -> Iterator[tuple[str, str]]:
             latent = frames * torch.Size(recipe.latent).numel() * 4 / 2**20
             yield (
                 f"{what}, {times}x: {frames} latent frames, {latent:.1f} MiB",
-                f"{memory:.0f} MiB at the peak, {1000 * t / frames:.1f} ms a latent frame",
+                f"{memory:.0f} MiB at the peak, {1000 * t / frames:.1f} ms per latent frame",
             )
 
 
@@ -228,14 +228,14 @@ def worker(rank: int, world: int, meeting: str) -> None:
 
 
 def processes() -> Iterator[tuple[str, str]]:
-    """Two processes against one, on the CPU, one thread each."""
+    """Compare two processes with one, on the CPU, one thread each."""
     times = []
     for world in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(worker, (world, f"{folder}/meeting"), nprocs=world)
             times.append(float(Path(f"{folder}/meeting.seconds").read_text()))
         yield f"tiny, syncos, on the CPU, {world} process{'es' * (world > 1)} of one thread", f"{times[-1]:.1f} s"
-    yield "  two processes against one", f"{times[0] / times[1]:.2f} times as fast"
+    yield "  two processes compared with one", f"{times[0] / times[1]:.2f} times as fast"
 
 
 PARTS = {f.__name__: f for f in (model, overhead, length, methods, processes)} | {"memory": memory.rows}

@@ -1,32 +1,32 @@
-"""Measure a video: does it stay one video, does it do what its story says, does it move?
+"""Measure a video: does it stay consistent, does it follow its story, does it move?
 
     python -m extras.measure.evaluate VIDEO --story story.json     (or --scenario NAME)
-    python -m extras.measure.evaluate --trajectories trace.safetensors     a picture of what `demo.py --trace` recorded
+    python -m extras.measure.evaluate --trajectories trace.safetensors     plots what `demo.py --trace` recorded
 
-The first prints the measures and writes them, with the curve of drift, to VIDEO's name with .scores.json:
+The first prints the measures and writes them, with the drift curve, to VIDEO's name with .scores.json:
 
     subject consistency      VBench's formula and features: DINO ViT-B/16, the first token
     background consistency   VBench's formula and features: CLIP ViT-B/32, image
-    drift                    mean cosine of the subject's features of frames that are d apart, for every d; what happens
-                             far apart, the two averages above hide [ours]
-    global, local fidelity   mean cosine of CLIP's features of the frames and of the text: of the global prompt, of the
-                             local prompt of each frame's event
-    scenes                   by PySceneDetect's ContentDetector at its defaults
-    seam ratio               frame difference where a window begins or ends, against the median elsewhere; 1: no seams
-                             [ours]
-    motion                   mean absolute frame difference, pixels in [0, 1]; always beside the rest, for a still image
-                             is perfectly consistent
-    linear smoothness        VBench's formula of motion smoothness with a line between a frame's neighbours; VBench
-                             takes a network, AMT, which no package has, so its numbers are others [ours]
+    drift                    mean cosine of the subject features of frames d apart, for every d; shows changes over long
+                             distances, which the two averages above hide [ours]
+    global, local fidelity   mean cosine of the CLIP features of frames and text: the global prompt, or the local
+                             prompt of each frame's event
+    scenes                   number found by PySceneDetect's ContentDetector with its defaults
+    seam ratio               mean frame difference where a window begins or ends, divided by the median elsewhere;
+                             1: no seams [ours]
+    motion                   mean absolute frame difference, pixels in [0, 1]; read it with the rest, because a still
+                             image is perfectly consistent
+    linear smoothness        VBench's formula of motion smoothness, with the mean of a frame's neighbours; VBench uses
+                             a network, AMT, which no package provides, so its numbers differ [ours]
 
-and, after `pip install pyiqa torchvision`, if their weights can be had:
+and, after `pip install pyiqa torchvision`, if their weights are available:
 
     dynamic degree           VBench's formula, with torchvision's RAFT: 1 if a quarter of the video moves much, else 0
-    aesthetic quality        VBench's formula and weights: LAION's linear head on CLIP ViT-L/14, by a tenth
-    imaging quality          VBench's formula and weights: MUSIQ of SPAQ, pyiqa's, by a hundredth
+    aesthetic quality        VBench's formula and weights: LAION's linear head on CLIP ViT-L/14, divided by 10
+    imaging quality          VBench's formula and weights: pyiqa's MUSIQ for SPAQ, divided by 100
 
-Numbers compare with VBench's tables only if models, lengths and prompts are theirs; captions would count, so leave
-them out. Frames stream through: memory grows by their features only.
+Numbers compare with VBench's tables only for the same models, lengths and prompts. Measure videos without captions,
+which would affect the scores. Frames are streamed: memory grows only by their features.
 """
 
 import argparse
@@ -58,27 +58,27 @@ OPENAI = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130
 
 
 def consistency(features: Tensor) -> float:
-    """VBench's: features T x D of the frames; for each but the first, the mean of its clipped cosine similarity to the
-    one before and to the first; averaged."""
+    """VBench's formula for frame features T x D: for each frame but the first, the mean of its clipped cosine
+    similarities to the previous and to the first frame; averaged."""
     f = F.normalize(features, dim=-1)
     before, first = (f[1:] * f[:-1]).sum(-1), f[1:] @ f[0]
     return ((before.clamp(min=0) + first.clamp(min=0)) / 2).mean().item()
 
 
 def drift(features: Tensor) -> list[float]:
-    """Mean cosine of frames 1, 2, ..., T - 1 apart; features T x D."""
+    """Mean cosine of frames 1, 2, ..., T - 1 apart, from features T x D."""
     f = F.normalize(features, dim=-1)
     return [(f[d:] * f[:-d]).sum(-1).mean().item() for d in range(1, len(f))]
 
 
 def fidelity(features: Tensor, text: Tensor) -> float:
-    """Mean cosine of frames T x D with a text, D."""
+    """Mean cosine of frames T x D and a text, D."""
     return F.cosine_similarity(features, text[None], dim=-1).mean().item()
 
 
 def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
-    """Mean frame difference at the joins over the median elsewhere. differences[i] is between frames i and i + 1, a
-    join the number of the first frame behind it. 1 if there are no joins or nothing moves."""
+    """Mean frame difference at the joins divided by the median elsewhere. differences[i] is between frames i and i + 1;
+    a join is the number of the first frame after it. 1 if there are no joins or nothing moves."""
     before = {join - 1 for join in joins}
     there = [d for i, d in enumerate(differences) if i in before]
     usual = statistics.median([d for i, d in enumerate(differences) if i not in before])
@@ -88,20 +88,20 @@ def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
 
 
 def window_joins(windows: Sequence[slice], frames_per_latent: int = 4) -> list[int]:
-    """Video frames at which a window begins or the frame after it ends; latent frame k > 0 ends with frame 4 k."""
+    """Video frames that begin a window or follow its end; latent frame k > 0 ends with frame 4 k."""
     edges = {edge for w in windows for edge in (w.start, w.stop)} - {0, windows[-1].stop}
     return sorted(frames_per_latent * (edge - 1) + 1 for edge in edges)
 
 
 class Watch:
-    """What needs no network: frame differences, and scenes. Feed it frames, H x W x 3 uint8, one by one."""
+    """Measures without a network: frame differences and scenes. Call it with frames, H x W x 3 uint8, one by one."""
 
     def __init__(self, fps: float = 8):
         from scenedetect import ContentDetector
 
         self.detector, self.fps, self.frames, self.last, self.even = ContentDetector(), float(fps), 0, None, None
         self.differences: list[float] = []
-        self.lost: list[float] = []  # of every second frame, by taking it for the mean of its neighbours
+        self.lost: list[float] = []  # error of every second frame against the mean of its neighbours
         self.scenes = 1
 
     def __call__(self, frame: np.ndarray) -> None:
@@ -148,14 +148,14 @@ class Networks:
 
     @torch.no_grad()
     def subject(self, frames: Tensor) -> Tensor:
-        """Frames n x 3 x H x W in [0, 1] -> n x D: whole frames, the shorter side as the network wants it."""
+        """Frames n x 3 x H x W in [0, 1] -> n x D: whole frames, the shorter side at the network's size."""
         size = self.dino.config.image_size
         x = normalize(shorter_side(frames.to(self.device), size, "bilinear"), IMAGENET)
         return self.dino(x, interpolate_pos_encoding=True).last_hidden_state[:, 0].float().cpu()
 
     @torch.no_grad()
     def background(self, frames: Tensor) -> Tensor:
-        """Frames n x 3 x H x W in [0, 1] -> n x D: the square in the middle."""
+        """Frames n x 3 x H x W in [0, 1] -> n x D: the centre square."""
         return clip_features(self.clip, frames.to(self.device)).cpu()
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class Networks:
 
 
 def clip_features(clip: torch.nn.Module, frames: Tensor) -> Tensor:
-    """Frames n x 3 x H x W in [0, 1] -> n x D, of the square in the middle."""
+    """Frames n x 3 x H x W in [0, 1] -> n x D, from the centre square."""
     size = clip.config.vision_config.image_size
     x = shorter_side(frames, size, "bicubic").clamp(0, 1)
     top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
@@ -180,20 +180,20 @@ def normalize(x: Tensor, moments: Tensor) -> Tensor:
 
 
 def shorter_side(x: Tensor, size: int, mode: str) -> Tensor:
-    """n x 3 x H x W, its shorter side resized to `size`."""
+    """Resize n x 3 x H x W: the shorter side to `size`."""
     height, width = x.shape[-2:]
     shape = (size, max(size, size * width // height)) if height < width else (max(size, size * height // width), size)
     return F.interpolate(x, shape, mode=mode, antialias=True, align_corners=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Measures that want another library: objects that are called with frames, n x 3 x H x W in [0, 1], and have a value
+# Measures that need another library: objects that are called with frames, n x 3 x H x W in [0, 1], and have a value
 
 
 class DynamicDegree:
-    """VBench's: of 8 frames a second, do neighbours differ by a flow of more than 6 pixels of 256 in a quarter?
+    """VBench's: at 8 frames per second, does the flow exceed 6 pixels of 256 in a quarter of the frames?
 
-    What counts of a flow is the mean length of its 5 % longest vectors. flow: two frames, 1 x 3 x H x W -> 2 x H x W.
+    A flow counts as the mean length of its 5 % longest vectors. flow: two frames, 1 x 3 x H x W -> 2 x H x W.
     """
 
     def __init__(self, flow: Callable[[Tensor, Tensor], Tensor]):
@@ -215,7 +215,7 @@ class DynamicDegree:
 
 
 class MeanScore:
-    """The mean over all frames of score(frames), n numbers, divided by `best`."""
+    """Mean over all frames of score(frames), n numbers, divided by `best`."""
 
     def __init__(self, score: Callable[[Tensor], Tensor], best: float):
         self.score, self.best, self.scores = score, best, []
@@ -230,7 +230,7 @@ class MeanScore:
 
 @torch.no_grad()
 def load_flow(weights: str | None, device: str) -> DynamicDegree:
-    """RAFT, trained on FlyingChairs and FlyingThings as VBench's; `weights`: a file, else torchvision's download."""
+    """Load RAFT, trained on FlyingChairs and FlyingThings like VBench's. `weights`: a file, else torchvision's."""
     from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
     raft = raft_large(weights=None if weights else Raft_Large_Weights.C_T_V1)
@@ -250,7 +250,7 @@ def load_flow(weights: str | None, device: str) -> DynamicDegree:
 
 
 def load_aesthetic(weights: str | None, device: str, clip: str = LARGE_CLIP) -> MeanScore:
-    """`weights`: a file with the linear head, else LAION's."""
+    """Load the scorer. `weights`: a file with the linear head, else LAION's."""
     from transformers import CLIPModel
 
     load = torch.load if weights else torch.hub.load_state_dict_from_url
@@ -266,7 +266,7 @@ def load_aesthetic(weights: str | None, device: str, clip: str = LARGE_CLIP) -> 
 
 
 def load_imaging(weights: str | None, device: str) -> MeanScore:
-    """`weights`: pyiqa's file of MUSIQ's on SPAQ, else its download. The longer side is at most 512 pixels."""
+    """Load MUSIQ. `weights`: pyiqa's file for SPAQ, else its download. Scales the longer side to at most 512 pixels."""
     import pyiqa
 
     options = dict(pretrained_model_path=weights) if weights else {}
@@ -286,15 +286,15 @@ EXTRAS = {"dynamic degree": load_flow, "aesthetic quality": load_aesthetic, "ima
 
 
 def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, DynamicDegree | MeanScore]:
-    """Those of EXTRAS whose library and weights are there; a line for each of the others."""
+    """Load the EXTRAS whose library and weights are available; print a line for each of the others."""
     found = {}
     for name, load in EXTRAS.items():
         try:
             found[name] = load(weights.get(name), device)
         except ImportError as error:
-            print(f"{name}: left out, for there is no {error.name}: pip install pyiqa torchvision")
+            print(f"{name}: left out because {error.name} is missing: pip install pyiqa torchvision")
         except (OSError, RuntimeError, ValueError) as error:
-            print(f"{name}: left out, for its weights cannot be loaded: {str(error).splitlines()[0]}")
+            print(f"{name}: left out because its weights cannot be loaded: {str(error).splitlines()[0]}")
     return found
 
 
@@ -305,7 +305,7 @@ def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, Dyn
 def place_story(
     path: Path, story: P.Story, window: int, stride: int, frames_per_latent: int = 4
 ) -> tuple[list[slice], list[tuple[int, int]]]:
-    """How a video was made: its windows, in latent frames, and from which to which video frame each event lasts.
+    """Layout of a video: its windows in latent frames, and the first and last + 1 video frame of each event.
 
     Raises ValueError if the video cannot be read, is too short, or has too few windows for the story.
     """
@@ -328,8 +328,8 @@ def evaluate(
     frames_per_latent: int = 4,
     extras: Mapping[str, DynamicDegree | MeanScore] | None = None,
 ) -> dict:
-    """All measures of a video; windows and spans are `place_story`'s, extras `load_extras`'s. An extra that cannot be
-    measured is left out, with a line."""
+    """All measures of a video, with windows and spans from `place_story` and extras from `load_extras`. An extra that
+    cannot be measured is left out, with a line."""
     frames, fps = read_frames(path)
     watch, subject, background, extras = Watch(fps), [], [], dict(extras or {})
     frames = iter(tqdm(frames, desc="frames", unit="frame", total=spans[-1][1]))
@@ -365,13 +365,13 @@ def evaluate(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A picture: how the estimates developed (the paper's Figure 3)
+# A plot: how the estimates develop (the paper's Figure 3)
 
 
 def principal_plane(traces: Sequence[Tensor]) -> list[Tensor]:
-    """The same two axes for all: traces steps x F x D -> steps x F x 2. The first two principal components of the last
-    steps of all, with their mean at 0. (t-SNE would tear apart what is near and draw gaps of any size; here distances
-    mean the same in every panel.)"""
+    """Project traces steps x F x D -> steps x F x 2 on shared axes: the first two principal components of all traces'
+    last steps, with their mean at 0. (t-SNE would separate near points and draw gaps of any size; here distances mean
+    the same in every panel.)"""
     ends = torch.cat([trace[-1] for trace in traces]).double()
     mean = ends.mean(0)
     axes = torch.linalg.svd(ends - mean, full_matrices=False).Vh[:2]
@@ -379,7 +379,7 @@ def principal_plane(traces: Sequence[Tensor]) -> list[Tensor]:
 
 
 def plot_trajectories(path: Path, picture: Path) -> None:
-    """One panel a method, one line a latent frame, coloured by its place in the video, faint at first, vivid at last.
+    """Plot one panel per method, one line per latent frame, coloured by its position in the video, from faint to vivid.
 
     Raises ValueError if the file holds no trace.
     """
@@ -421,19 +421,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("video", type=Path, nargs="?")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}')
-    group.add_argument("--scenario", choices=P.SCENARIOS, metavar="NAME", help="a ready story of demo.py")
-    group.add_argument("--trajectories", type=Path, metavar="FILE", help="draw a trace into FILE's name with .png")
-    parser.add_argument("--window", type=int, default=13, help="of the video's windows, latent frames (default: 13)")
-    parser.add_argument("--stride", type=int, default=4, help="between them, latent frames (default: 4)")
+    group.add_argument("--scenario", choices=P.SCENARIOS, metavar="NAME", help="a ready-made story of demo.py")
+    group.add_argument("--trajectories", type=Path, metavar="FILE", help="plot a trace to FILE's name with .png")
+    parser.add_argument("--window", type=int, default=13, help="window size in latent frames (default: 13)")
+    parser.add_argument("--stride", type=int, default=4, help="window stride in latent frames (default: 4)")
     parser.add_argument("--frames_per_latent", type=int, default=4, help="1 for videocrafter2 (default: 4)")
     parser.add_argument("--dino", default=DINO, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--clip", default=CLIP, help="hub id or folder (default: %(default)s)")
     parser.add_argument("--raft", metavar="FILE", help="weights for the dynamic degree (default: torchvision's)")
     parser.add_argument("--laion", metavar="FILE", help="head for the aesthetic quality (default: LAION's)")
     parser.add_argument("--musiq", metavar="FILE", help="weights for the imaging quality (default: pyiqa's)")
-    parser.add_argument("--no_extras", action="store_true", help="leave these three out")
+    parser.add_argument("--no_extras", action="store_true", help="omit these three")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=16, help="frames through a network at once (default: 16)")
+    parser.add_argument("--batch", type=int, default=16, help="frames per network call (default: 16)")
     parser.add_argument("--output_path", type=Path, help="(default: VIDEO's name with .scores.json)")
     args = parser.parse_args(argv)
     try:
@@ -444,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"Wrote {path}")
             return
         if not args.video:
-            raise ValueError("Name the video: evaluate.py VIDEO --story FILE.")
+            raise ValueError("No video is given; use evaluate.py VIDEO --story FILE.")
         path = args.output_path or args.video.with_suffix(".scores.json")
         check_output(path, (".json",))
         story = P.SCENARIOS[args.scenario] if args.scenario else P.load_story(args.story)
@@ -455,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
         windows, spans = place_story(args.video, story, args.window, args.stride, args.frames_per_latent)
         for file in filter(None, (args.raft, args.laion, args.musiq)):
             if not Path(file).is_file():
-                raise ValueError(f"There is no file {file}.")
+                raise ValueError(f"The file {file} does not exist.")
         networks = Networks(args.dino, args.clip, args.device)
     except ValueError as error:
         parser.exit(2, f"evaluate.py: {error}\n")

@@ -1,8 +1,8 @@
-"""A dry run of the GPU path: every model at its full size, its tensors on torch's `meta` device, which has no data.
+"""Dry run of the GPU path: every model at full size, with tensors on torch's `meta` device, which stores no data.
 
-Shapes, precisions and devices are the real ones (meta refuses to mix with the CPU), so what runs here would run on a
-GPU, and the storages that live at a moment are the memory it would take. Not counted: the CUDA context (about 0.5 GiB),
-workspaces of kernels, and what torch's allocator loses between blocks.
+Shapes, precisions and devices are the real ones (meta refuses to mix with the CPU), so code that runs here would run on
+a GPU, and the live storages are the memory it would use. Not counted: the CUDA context (about 0.5 GiB), workspaces of
+kernels, and fragmentation in torch's allocator.
 """
 
 import re
@@ -28,7 +28,7 @@ T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, fe
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of the storages that live on `device`."""
+    """Counts the bytes of live storages on `device`."""
 
     def __init__(self, device: str = "meta"):
         super().__init__()
@@ -36,7 +36,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.aten._local_scalar_dense.default and args[0].device.type == self.device:
-            return 0  # there is no value to ask for
+            return 0  # meta tensors have no values
         result = op(*args, **(kwargs or {}))
         tree_map_only(Tensor, self.count, result)
         return result
@@ -53,18 +53,18 @@ class Memory(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
     def take(self) -> float:
-        """GiB at the peak since the last call."""
+        """Peak in GiB since the last call."""
         peak, self.peak = self.peak / 2**30, self.live
         return peak
 
 
 @contextmanager
 def meta_as_gpu() -> Iterator[Memory]:
-    """In here, what needs a tensor's values gets zeros, and attention never makes its matrix, as on a GPU."""
+    """Inside, code that needs a tensor's values gets zeros, and attention never builds its matrix, as on a GPU."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
         if not (query.device == key.device == value.device and query.dtype == key.dtype == value.dtype):
-            raise RuntimeError("Attention wants its three tensors on one device and in one precision.")
+            raise RuntimeError("Attention needs its three tensors on one device and in one precision.")
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     with (
@@ -78,7 +78,7 @@ def meta_as_gpu() -> Iterator[Memory]:
 
 @contextmanager
 def made_of(dtype: torch.dtype) -> Iterator[None]:
-    """Models are made on meta, with parameters of this precision."""
+    """Inside, models are created on meta, with parameters of this precision."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -93,7 +93,7 @@ def make_encoder(kind: str, vocabulary: int, dtype: torch.dtype) -> torch.nn.Mod
 
     config = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, **T5_XXL)
     model = getattr(transformers, f"{kind}EncoderModel")(config)
-    if dtype == torch.float16:  # as from_pretrained does it
+    if dtype == torch.float16:  # as from_pretrained does
         for block in model.encoder.block:
             block.layer[-1].DenseReluDense.wo.float()
     return model.eval()
@@ -181,7 +181,7 @@ MAKE = {
 
 
 def full_size(name: str, tiling: bool = False) -> Backbone:
-    """A backbone whose parts are made on meta instead of loaded."""
+    """A backbone whose parts are created on meta instead of loaded."""
     recipe = RECIPES[name]
     configs = dict(max_text_seq_length=226), recipe.scheduler
     with (
@@ -196,14 +196,14 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
 
 
 def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Iterator[tuple[str, float]]:
-    """Encode, sample a step of all three stages with each window batch, decode: the peak of each, in GiB."""
+    """Encode, sample a step of all three stages with each window batch, decode; yield each peak in GiB."""
     size, stride = recipe.window, recipe.settings.stride
     windows = S.make_windows(size + 3 * stride, size, stride)
     settings = replace(recipe.settings, csd_iters=1)
     prompts, load_pipe = ["a story"] * len(windows), backbone.load_pipe
     with meta_as_gpu() as memory:
 
-        def loaded(*parts: str) -> object:  # on the CPU, in truth: what its making takes does not count
+        def loaded(*parts: str) -> object:  # a real run loads on the CPU, so this does not count
             pipe = load_pipe(*parts)
             memory.take()
             return pipe
@@ -227,14 +227,14 @@ def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Itera
 
 
 def snippet() -> dict[str, float]:
-    """The README's own program with CogVideoX-2B, as it stands, in one step: its peaks in GiB."""
+    """Peaks in GiB of the README's CogVideoX-2B snippet, unchanged but for running one step."""
     import diffusers as D
     import imageio.v2 as imageio
 
     [code] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
     figures, recipe, set_timesteps = {}, RECIPES["cogvideox"], D.CogVideoXDDIMScheduler.set_timesteps
     pipe = make_cogvideox(recipe, ("tokenizer", "text_encoder", "transformer", "vae"))
-    pipe.to = lambda device: pipe  # it is there
+    pipe.to = lambda device: pipe  # already there
     decode = pipe.decode_latents
 
     def decoded(latents: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def snippet() -> dict[str, float]:
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """Of every big backbone, and of the README's snippet: what it needs at the peak of each phase."""
+    """Peak memory of each phase, for the README's snippet and every big backbone."""
     for what, gib in snippet().items():
         yield f"GPU memory, predicted, README's snippet, {what}", f"{gib:.1f} GiB"
     for name in MAKE:

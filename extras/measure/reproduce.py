@@ -1,16 +1,16 @@
-"""Measure what the tiny world shows: single clips, and four-event videos whose colour and place are left open.
+"""Measure videos of the tiny world: single clips, and four-event videos whose prompts leave colour and place open.
 
     python -m extras.measure.reproduce quality
-        single clips of full captions: how far are they from a clean picture, and how many are right in shape, colour,
-        place and action?
+        single clips from full captions: how far are they from a clean picture, and how many have the right shape,
+        colour, place and action?
     python -m extras.measure.reproduce coherence
-        four-event videos, SynCoS against Gen-L-Video or any settings: do the windows show one identity (colour and
+        four-event videos, SynCoS vs. Gen-L-Video or any settings: do the windows show one identity (colour and
         place), and do they follow their prompts?
     python -m extras.measure.reproduce tables
-        the same for the rows of the paper's tables; `extras.measure.plots` draws them
+        the same for the rows of the paper's tables; `extras.measure.plots` plots them
 
-A video is read by fitting the world's own renderer to its frames. Each result is appended to a file as it comes, so an
-interrupted command resumes.
+Videos are read by fitting the world's own renderer to their frames. Each result is appended to a file at once, so
+interrupted commands resume.
 """
 
 import argparse
@@ -73,15 +73,15 @@ class TinyModel:
         return torch.stack([torch.from_numpy(f) for f in self.backbone.decode(latents)]).permute(0, 3, 1, 2) / 255
 
     def distances(self, video: Tensor) -> list[float]:
-        """Of each frame of a clip, T 3 H W, the mean square distance from the picture of the clip's closest fit."""
+        """Mean square distance of each frame of a clip, T 3 H W, from the picture of the clip's closest fit."""
         story, motion = self.fitter(video)
         picture = W.render(torch.tensor([story]), self.fitter.refine(video, story, motion)[None])[0]
         return (picture - video).square().mean((1, 2, 3)).tolist()
 
     def read(self, latents: Tensor, windows: list[slice]) -> dict:
         """What a video shows: the story of each window, the mean square distance of each latent frame from the nearest
-        of these stories' own pictures, how sharp it is beside that, how alike the windows' middle frames are as
-        pictures, noise and all, and what `Watch` sees."""
+        picture of these stories, its sharpness relative to that picture, the similarity of the windows' middle frames
+        as pictures (noise included), and the values of `Watch`."""
         watch, fits, motions = Watch(), [], {}
         for frame in (video := self.video(latents)):
             watch(frame.permute(1, 2, 0).mul(255).round().byte().numpy())
@@ -107,7 +107,7 @@ class TinyModel:
             fits=fits,
             frames=frames,
             sharpness=edges.mean().item(),
-            pictures=consistency(middles - middles.mean(1, keepdim=True)),  # a cosine is then a correlation
+            pictures=consistency(middles - middles.mean(1, keepdim=True)),  # so the cosine is a correlation
             motion=watch.motion,
             seams=seams,
             scenes=watch.scenes,
@@ -115,7 +115,7 @@ class TinyModel:
 
 
 def slopes(video: Tensor) -> Tensor:
-    """The energy of differences between neighbouring pixels, which blur lowers: T 3 H W -> T."""
+    """Energy of differences between neighbouring pixels, which blur lowers: T 3 H W -> T."""
     return sum(video.diff(dim=axis).square().mean((1, 2, 3)) for axis in (2, 3))
 
 
@@ -124,7 +124,7 @@ def slopes(video: Tensor) -> Tensor:
 
 
 def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
-    """n clips of random stories, ten at a time, by plain DDIM in 50 steps."""
+    """Print the quality of n clips of random stories, made ten at a time by plain DDIM in 50 steps."""
     backbone, levels = model.backbone, model.backbone.levels(50)
     for batch in tqdm(range(0, n, 10), desc="clips / 10"):
         key = f"clips {model.name} {batch}"
@@ -142,10 +142,10 @@ def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
         keep(key, [[model.fitter(v)[0], s, model.distances(v)] for v, s in zip(videos, stories.tolist())])
     clips = [clip for batch in range(0, n, 10) for clip in done[f"clips {model.name} {batch}"]]
     pairs = [(got, asked) for got, asked, _ in clips]
-    print(f"{len(clips)} clips of full captions, mean square distance x 1000 from the picture of their own fit:")
-    print(f"  of a clip {interval([1000 * statistics.mean(distances) for *_, distances in clips])}")
-    print(f"  of its worst frame {interval([1000 * max(distances) for *_, distances in clips])}")
-    print("Share that is right (95 % bootstrap interval, as above):")
+    print(f"{len(clips)} clips from full captions, mean square distance x 1000 from the picture of their own fit:")
+    print(f"  clip {interval([1000 * statistics.mean(distances) for *_, distances in clips])}")
+    print(f"  its worst frame {interval([1000 * max(distances) for *_, distances in clips])}")
+    print("Share that is correct (95 % bootstrap interval, as above):")
     for i, name in enumerate(NAMES):
         print(f"  {name:8} {interval([float(got[i] == asked[i]) for got, asked in pairs])}")
     for i, phrase in enumerate(W.ACTIONS.values()):
@@ -159,7 +159,7 @@ def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
 
 
 def scenario(seed: int) -> tuple[Story, list[int], int]:
-    """A four-event story of one shape whose colour and place are open; its actions, and the shape."""
+    """A four-event story of one shape with colour and place left open, its actions and its shape."""
     generator = torch.Generator().manual_seed(10_000 + seed)
     shape = int(torch.randint(len(W.SHAPES), (), generator=generator))
     actions = torch.randperm(len(W.ACTIONS), generator=generator)[:4].tolist()
@@ -167,14 +167,14 @@ def scenario(seed: int) -> tuple[Story, list[int], int]:
 
 
 def consistency_of(labels: Sequence) -> float:
-    """VBench's formula for windows whose features are what they show: a cosine is 1 where that is equal, else 0."""
+    """VBench's formula with the windows' labels as features: the cosine of equal labels is 1, else 0."""
     _, index = torch.tensor(labels).unique(dim=0, return_inverse=True)
     return consistency(F.one_hot(index).float())
 
 
 @dataclass(frozen=True)
 class Fading(SynCoS):
-    """SynCoS whose learning rate of stage 2 falls within the run: the settings' times sigma at each step. [ours]"""
+    """SynCoS with a decaying learning rate in stage 2: the settings' value times sigma at each step. [ours]"""
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
         prompts, x = [plan.texts[event] for event in plan.events], latents
@@ -188,8 +188,8 @@ class Fading(SynCoS):
 
 
 def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]:
-    """A scenario's plan and method. change: the method's name ("method", default syncos) and its fields; "steps",
-    "num_frames"; "structured", whether windows see the global prompt; "fading", by `Fading`. Raises ValueError or
+    """Plan and method of a scenario. change: the method's name ("method", default syncos) and its fields; "steps",
+    "num_frames"; "structured", whether windows see the global prompt; "fading", to use `Fading`. Raises ValueError or
     TypeError."""
     change, recipe = dict(change), model.recipe
     name, fading = change.pop("method", "syncos"), change.pop("fading", False)
@@ -206,7 +206,7 @@ def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]
 
 
 def read_change(text: str, model: TinyModel) -> dict:
-    """A method's name, or settings as JSON, as a change for `make_video`. Raises ValueError."""
+    """Parse a method's name, or settings as JSON, into a change for `make_video`. Raises ValueError."""
     if text in METHODS:
         return dict(method=text)
     try:
@@ -217,7 +217,7 @@ def read_change(text: str, model: TinyModel) -> dict:
 
 
 def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Callable) -> dict[str, float]:
-    """What the windows of a scenario's video show, and its model evaluations; see `make_video`. Same noise for all."""
+    """Measures and model evaluations of a scenario's video; see `make_video`. All methods get the same noise."""
     plan, method = make_video(model, seed, change)
     recipe, backbone, windows, events = plan.recipe, model.backbone, plan.windows, plan.events
     steps, structured = recipe.num_inference_steps, change.get("structured", True)
@@ -231,7 +231,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     seen, (_, actions, shape) = done[key], scenario(seed)
     shapes, colors, places, _ = zip(*seen["fits"])
     follows = [float(fit[3] == actions[e]) for fit, e in zip(seen["fits"], events)]
-    meets = [len(set(events[max(i - 1, 0) : i + 2])) > 1 for i in range(len(events))]  # another event's window beside
+    meets = [len(set(events[max(i - 1, 0) : i + 2])) > 1 for i in range(len(events))]  # next to another event's window
     values = {
         "subject consistency": consistency_of(list(zip(shapes, colors))),
         "background consistency": consistency_of(places),
@@ -244,7 +244,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
         "distance x 1000": 1000 * statistics.mean(seen.get("frames") or [seen["distance"]]),
         "motion x 1000": 1000 * seen["motion"],
     }
-    if each := seen.get("frames"):  # smears: where windows of another event begin, and the frame after it
+    if each := seen.get("frames"):  # smears: frames where windows of another event begin, and the next ones
         starts = [w.start for w, a, b in zip(windows[1:], events, events[1:]) if a != b]
         joins = [each[k] for start in starts for k in (start, start + 1)]
         values["worst frame x 1000"], values["joins x 1000"] = 1000 * max(each), 1000 * statistics.mean(joins)
@@ -256,18 +256,23 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's tables
 
-MEASURES = [  # of what is shown, and of the pictures
+MEASURES = [  # of the content, and of the pictures
     ["subject consistency", "background consistency", "local fidelity", "global fidelity", "at joins", "elsewhere",
      "identities", "structure flicker"],
     ["picture consistency", "distance x 1000", "worst frame x 1000", "joins x 1000", "sharpness", "motion x 1000",
      "seams", "scenes"],
 ]  # fmt: skip
 TABLE_1, TABLE_2, TABLE_3 = (0.8892, 0.9457, 0.354, 0.341), (0.864, 0.927, 0.381), (0.8270, 0.9185, 0.348, 0.325)
-TABLES = {  # row: what is changed; the paper's consistency of subject and background, local and global fidelity (one
-    # fidelity in Table 2): the row's, and those of SynCoS in the same table
+TABLE_5 = (0.864, 0.927, 0.381)
+TABLES = {  # row: (change, (the paper's numbers for the row, those for SynCoS in the same table)); the numbers
+    # are consistency of subject and background, local and global fidelity (Table 2: one fidelity)
     "SynCoS": ({}, None),
     "Gen-L-Video": (dict(method="gen-l-video"), ((0.8134, 0.8946, 0.351, 0.324), TABLE_1)),
     "FIFO-Diffusion": (dict(method="fifo", steps=50), ((0.8354, 0.9072, 0.327, 0.323), TABLE_1)),  # a long enough queue
+    "DiTCtrl": (dict(method="ditctrl"), ((0.821, 0.916, 0.394), TABLE_5)),
+    "DiTCtrl, SDE": (dict(method="ditctrl-sde"), ((0.821, 0.916, 0.394), TABLE_5)),  # the authors' solver
+    "CSD": (dict(method="csd"), None),
+    "CSD, learning rate 1": (dict(method="csd", lr=1.0), None),  # SynCoS's
     "stage 2 alone": (dict(method="stage-2-alone"), ((0.7888, 0.9163, 0.300, 0.305), TABLE_3)),
     "w/o stage 1": (ABLATIONS["stage-1"], None),
     "w/o stage 2, its noise kept": (ABLATIONS["stage-2-keep-noise"], None),
@@ -278,14 +283,14 @@ TABLES = {  # row: what is changed; the paper's consistency of subject and backg
     "w/o structured prompt": (dict(structured=False), ((0.837, 0.903, 0.362), TABLE_2)),
 }
 SUMMARY = ["subject consistency", "background consistency", "local fidelity", "identities", "distance x 1000"]
-PAPERS = {  # which of these numbers is a measure's. Subject consistency's twice, as the paper's features see noise too
+PAPERS = {  # measure: index of its number. Subject consistency appears twice, as the paper's features see noise too
     "subject consistency": 0, "background consistency": 1, "local fidelity": 2, "global fidelity": 3,
     "picture consistency": 0,
 }  # fmt: skip
 
 
 def verdict(differences: list[float], papers: float) -> str:
-    """Does a row differ from SynCoS in the direction that the paper reports?"""
+    """Whether a row differs from SynCoS in the direction that the paper reports."""
     mean, low, high = bootstrap(differences)
     if low <= 0 <= high:
         return "not distinguishable"
@@ -293,7 +298,7 @@ def verdict(differences: list[float], papers: float) -> str:
 
 
 def measure_rows(model, seeds: range, rows: dict[str, tuple], done: dict, keep: Callable) -> dict[str, list[dict]]:
-    """The values of every row's videos, one per scenario. rows: as TABLES."""
+    """Values of every row's videos, one per scenario. rows: like TABLES."""
     videos: dict[str, list[dict]] = {}
     with tqdm(total=len(rows) * len(seeds), unit="video") as bar:
         for name, (change, _) in rows.items():
@@ -306,19 +311,19 @@ def measure_rows(model, seeds: range, rows: dict[str, tuple], done: dict, keep: 
 
 
 def differences(videos: dict[str, list[dict]], name: str, measure: str) -> list[float]:
-    """A row minus the first one, scenario by scenario."""
+    """A row minus the first one, per scenario."""
     return [a[measure] - b[measure] for a, b in zip(videos[name], next(iter(videos.values())))]
 
 
 def papers_pair(row: tuple, measure: str) -> tuple[float, float] | None:
-    """The paper's numbers for a row of TABLES and for SynCoS in the same table; None where it has none."""
+    """The paper's numbers for a row of TABLES and for SynCoS in the same table; None if it has none."""
     k = PAPERS.get(measure, math.inf)
     return (row[1][0][k], row[1][1][k]) if row[1] and k < len(row[1][0]) else None
 
 
 def print_tables(videos: dict[str, list[dict]], rows: dict[str, tuple]) -> None:
-    """Tables in Markdown: a summary, the rows' means, and their differences from the first row, scenario by scenario,
-    with the paper's numbers and the verdict where it has some."""
+    """Print Markdown tables: a summary, the rows' means, and their differences from the first row per scenario, with
+    the paper's numbers and the verdict where there are some."""
     first, *others = rows
     head = lambda measures: f"| | {' | '.join(measures)} |\n" + "|---" * (len(measures) + 1) + "|"  # noqa: E731
     print(f"{len(videos[first])} scenarios of four events; means\n\n{head(['evaluations', *SUMMARY])}")
@@ -331,7 +336,7 @@ def print_tables(videos: dict[str, list[dict]], rows: dict[str, tuple]) -> None:
         print(f"\n{head(measures)}")
         for name, each in videos.items():
             print(f"| {name} | {' | '.join(interval([v[m] for v in each]) for m in measures)} |")
-        print(f"\nMinus {first}, scenario by scenario; in brackets the paper's row and {first}\n\n{head(measures)}")
+        print(f"\nDifference from {first} per scenario; in brackets, the paper's row and {first}\n\n{head(measures)}")
         for name in others:
             cells = []
             for m in measures:
@@ -341,7 +346,7 @@ def print_tables(videos: dict[str, list[dict]], rows: dict[str, tuple]) -> None:
             print(f"| {name} | {' | '.join(cells)} |")
 
 
-SEEDS = dict(coherence=(100, 120), tables=(110, 170))  # settings are chosen on 0 to 19 alone
+SEEDS = dict(coherence=(100, 120), tables=(110, 170))  # settings are chosen on 0 to 19 only
 
 
 def main() -> None:
@@ -366,7 +371,7 @@ def main() -> None:
 
     if args.what != "quality":
         first, last = args.scenarios or SEEDS[args.what]
-        if args.jobs > 1:  # others measure a part of the scenarios each, this one then finds all results done
+        if args.jobs > 1:  # others each measure part of the scenarios; then this one finds all results done
             cuts = [first + (last - first) * i // args.jobs for i in range(args.jobs + 1)]
             parts = [["--scenarios", str(a), str(b), "--jobs", "1"] for a, b in zip(cuts, cuts[1:]) if a < b]
             command, alone = (
@@ -377,7 +382,7 @@ def main() -> None:
                 subprocess.Popen(
                     command + part, stdout=subprocess.DEVNULL, env=alone | ({"TQDM_DISABLE": "1"} if i else {})
                 )
-                for i, part in enumerate(parts)  # the first one's progress bar stands for all
+                for i, part in enumerate(parts)  # only the first one shows its progress bar
             ]
             if any([other.wait() for other in others]):
                 raise SystemExit(1)

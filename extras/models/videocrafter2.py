@@ -1,6 +1,6 @@
-"""VideoCrafter2: the adapter, and the loader of its release onto the classes of diffusers and transformers.
+"""VideoCrafter2: the adapter, and the loader of its release into the classes of diffusers and transformers.
 
-The release is one checkpoint of three networks. Its video network *is* diffusers' UNet3DConditionModel, so a table of
+The release is one checkpoint with three networks. The video network *is* diffusers' UNet3DConditionModel, so a table of
 names is enough (facts of the official code: github.com/AILab-CVC/VideoCrafter, 11bcd76). Text encoder and VAE are those
 of Stable Diffusion 2, which diffusers converts.
 """
@@ -41,13 +41,13 @@ class VideoCrafter2(Backbone):
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
-        """Nothing: neither a checkpoint nor its network tells a window or a size. Checks that the model is there."""
+        """Check that the model exists. Returns nothing: neither checkpoint nor network states a window or a size."""
         try:
             find_checkpoint(model, dry_run=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{model} is not a VideoCrafter2: neither a model.ckpt, nor a folder with one or with unet/, nor a "
-                "model of the hub within reach."
+                f"{model} is not a VideoCrafter2: it is neither a model.ckpt, nor a folder with one or with unet/, nor "
+                "a reachable hub model."
             ) from error
         return {}
 
@@ -59,15 +59,15 @@ class VideoCrafter2(Backbone):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """The authors' uniform timesteps, t = 981, 961, ..., 1, which neither start at pure noise nor end quite clean.
+        """The authors' uniform timesteps, t = 981, 961, ..., 1, which start below pure noise and end above zero noise.
 
-        They also scale the signal (`use_scale`): x_t = s(t) sqrt(abar) x0 + sqrt(1 - abar) eps. s falls from 1 at t = 0
-        to 0.7 at t = 399 and stays there. So alpha^2 + sigma^2 < 1, which nothing in syncos.py depends on.
+        The authors also scale the signal (`use_scale`): x_t = s(t) sqrt(abar) x0 + sqrt(1 - abar) eps. s falls from 1
+        at t = 0 to 0.7 at t = 399 and stays there. So alpha^2 + sigma^2 < 1; nothing in syncos.py needs it to be 1.
         """
         from diffusers import DDIMScheduler
 
         if steps > 999:
-            raise ValueError(f"VideoCrafter2 has at most 999 steps, got {steps}.")
+            raise ValueError(f"VideoCrafter2 allows at most 999 steps, got {steps}.")
         ddim = DDIMScheduler(**scheduler)
         ddim.set_timesteps(steps)
         levels = diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
@@ -78,7 +78,7 @@ class VideoCrafter2(Backbone):
         return load_pipe(self.model, self.dtype, parts)
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
-        """The penultimate layer's states of 77 tokens, no mask; OpenCLIP pads with 0, a word to other tokenizers."""
+        """The penultimate layer's states of 77 tokens, unmasked. OpenCLIP pads with 0, a word in other tokenizers."""
         ids = pipe.tokenizer(text, truncation=True, max_length=self.text_length).input_ids
         ids = torch.tensor([ids + [0] * (self.text_length - len(ids))], device=self.device)
         return (pipe.text_encoder(ids).last_hidden_state[0],)  # 77 D
@@ -88,7 +88,7 @@ class VideoCrafter2(Backbone):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents F x C x H x W as F video frames, each 8H x 8W x 3 uint8, one at a time."""
+        """Decode latents F x C x H x W to F video frames, each 8H x 8W x 3 uint8, one at a time."""
         vae = self.pipe.vae
         for z in latents.to(self.device, self.dtype).split(1):  # 1 C H W
             frame = vae.decode(z / vae.config.scaling_factor, return_dict=False)[0]  # 1 3 8H 8W
@@ -117,8 +117,8 @@ VIDEOCRAFTER2 = Recipe(
 
 CHECKPOINT = "model.ckpt"
 TOKENIZER = "openai/clip-vit-large-patch14"
-FPS = 28  # what the network is told, as in the authors' run_text2video.sh; they write the file at 10
-RELEASE = dict(  # the configurations: the checkpoint has none
+FPS = 28  # the network's input, as in the authors' run_text2video.sh; they write the file at 10
+RELEASE = dict(  # the configurations, which the checkpoint lacks
     unet=dict(),  # UNet3DConditionModel's defaults
     vae=dict(
         down_block_types=["DownEncoderBlock2D"] * 4,
@@ -136,7 +136,7 @@ RELEASE = dict(  # the configurations: the checkpoint has none
     ),
 )
 PREFIXES = dict(unet="model.diffusion_model.", vae="first_stage_model.", text_encoder="cond_stage_model.")
-UNUSED = re.compile(  # the schedule's buffers, and what of OpenCLIP lies behind the penultimate layer
+UNUSED = re.compile(  # the schedule's buffers, and OpenCLIP's parts after the penultimate layer
     r"[^.]+|cond_stage_model\.model\.(logit_scale|text_projection|attn_mask|transformer\.resblocks\.23\..+)"
 )
 OUTER = {  # official name -> diffusers'
@@ -160,7 +160,7 @@ INNER = {  # in a ResBlock; the names in transformers and temporal convolutions 
 
 
 def unet_key(key: str, layers: int) -> str:
-    """UNet3DConditionModel's name of a parameter of the official U-Net, which has `layers` ResBlocks a level."""
+    """UNet3DConditionModel's name for a parameter of the official U-Net with `layers` ResBlocks per level."""
     for official, name in OUTER.items():
         if key.startswith(official + "."):
             return name + key.removeprefix(official)
@@ -177,14 +177,14 @@ def unet_key(key: str, layers: int) -> str:
         block = f"{'down' if down else 'up'}_blocks.{block}"
     if rest.startswith(("op.", "conv.")):
         return f"{block}.{'down' if rest.startswith('op.') else 'up'}samplers.0.conv.{rest.split('.')[1]}"
-    if rest.startswith("temopral_conv."):  # so spelt
+    if rest.startswith("temopral_conv."):  # sic
         return f"{block}.temp_convs.{layer}.{rest.removeprefix('temopral_conv.')}"
     for official, name in INNER.items():
         rest = rest.replace(official, name)
     return f"{block}.{['resnets', 'attentions', 'temp_attentions'][slot]}.{layer}.{rest}"
 
 
-# Each function makes a network without memory for its parameters, and renames the checkpoint's tensors to fit it.
+# Each function creates a network without memory for its parameters, and renames the checkpoint's tensors to fit.
 
 
 def build_unet(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -195,7 +195,7 @@ def build_unet(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     unet.fps_embedding = TimestepEmbedding(*unet.time_embedding.linear_1.weight.shape[::-1])
     layers = unet.config.layers_per_block
     state = {unet_key(k.removeprefix(PREFIXES["unet"]), layers): v for k, v in state.items()}
-    flat = ("transformer_in.proj_in.weight", "transformer_in.proj_out.weight")  # convolutions there, here matrices
+    flat = ("transformer_in.proj_in.weight", "transformer_in.proj_out.weight")  # convolutions there, matrices here
     return unet, state | {k: state[k].squeeze(-1) for k in flat if k in state}
 
 
@@ -217,7 +217,7 @@ def build_text_encoder(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, T
 
 @torch.no_grad()
 def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
-    """One of the checkpoint's networks: unet, vae or text_encoder. Raises ValueError if a key is missing or unfit."""
+    """Load one of the networks: unet, vae or text_encoder. Raises ValueError if a key is missing or does not fit."""
     from accelerate import init_empty_weights
 
     from extras.ports.loading import check_fit, fill, read_checkpoint
@@ -229,19 +229,19 @@ def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
     with init_empty_weights():
         model, fitted = dict(unet=build_unet, vae=build_vae, text_encoder=build_text_encoder)[part](state)
 
-    used = {v.data_ptr() for v in fitted.values()}  # diffusers' converters pass over what they do not know
-    unused = [k for k, v in state.items() if v.data_ptr() not in used and ".in_proj_" not in k]  # q, k, v: cut up
+    used = {v.data_ptr() for v in fitted.values()}  # diffusers' converters skip unknown keys
+    unused = [k for k, v in state.items() if v.data_ptr() not in used and ".in_proj_" not in k]  # q, k, v: split
     check_fit(str(path), [], unused, [])
     fill(model, fitted, str(path))
     if part == "unet":
         fold_fps(model)
-    return nn.Module.to(model, dtype).eval()  # diffusers' own warns of modules to keep in float32, which are none
+    return nn.Module.to(model, dtype).eval()  # diffusers' own warns about float32 modules, but there are none
 
 
 def fold_fps(unet: nn.Module) -> None:
     """Fold the frame rate's embedding, which is added to the timestep's, into a bias: it is the same for all inputs.
 
-    In float32, before the weights become half precision.
+    Done in float32, before the weights become half precision.
     """
     time, fps = unet.time_embedding.float(), unet.fps_embedding.float()
     time.linear_2.bias += fps(unet.time_proj(torch.tensor([FPS])))[0]
@@ -249,7 +249,7 @@ def fold_fps(unet: nn.Module) -> None:
 
 
 def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
-    """model.ckpt itself, in a folder, or on the hub (dry_run: only asked for); None for a folder in diffusers' format.
+    """Find model.ckpt: a file, in a folder or on the hub (dry_run: only check). None for a folder in diffusers' format.
 
     Raises OSError or ValueError if it is none of these.
     """
@@ -266,10 +266,10 @@ def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
 
 
 def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Any:
-    """Some parts of the release, or of a folder in diffusers' format: unet (the fps in its bias), vae, text_encoder (23
-    layers), tokenizer. The tokenizer is the folder's own tokenizer/ if it has one, else TOKENIZER.
+    """Load some parts of the release, or of a folder in diffusers' format: unet (the fps in its bias), vae,
+    text_encoder (23 layers), tokenizer. The tokenizer is the folder's own tokenizer/ if it has one, else TOKENIZER.
 
-    Raises OSError or ValueError if something is missing or unfit.
+    Raises OSError or ValueError if something is missing or does not fit.
     """
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextModel

@@ -1,4 +1,4 @@
-"""Wan 2.1: the adapter, by diffusers' own pipeline."""
+"""Wan 2.1: the adapter of diffusers' pipeline."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,9 +13,9 @@ from syncos import Level, Settings, flow_levels
 
 
 class Wan(Backbone):
-    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError for other models, and for a Wan 2.2.
+    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError for other models, including Wan 2.2.
 
-    A rectified flow. Every window is a clip of its own to the model: positions restart at 0. The VAE runs in float32.
+    A rectified flow. The model treats every window as a separate clip: positions restart at 0. The VAE runs in float32.
     """
 
     prediction = "flow"
@@ -34,7 +34,7 @@ class Wan(Backbone):
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
-        """Latent shape (C, H, W), of 480 x 832 pixels, and scheduler of a model, from three small files."""
+        """Latent shape (C, H, W) at 480 x 832 pixels and scheduler of a model, from three small files."""
         from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
         try:
@@ -43,7 +43,7 @@ class Wan(Backbone):
             scheduler = UniPCMultistepScheduler.load_config(model, subfolder="scheduler")
         except OSError as error:
             raise ValueError(
-                f"{model} is not a Wan pipeline: neither a folder with one nor a model of the hub within reach."
+                f"{model} is not a Wan pipeline: it is neither a folder with one nor a reachable hub model."
             ) from error
         kinds = {
             "a Wan 2.2 TI2V (expand_timesteps), with a timestep for every token": index.get("expand_timesteps"),
@@ -51,10 +51,10 @@ class Wan(Backbone):
         }
         for kind, found in kinds.items():
             if found:
-                raise ValueError(f"{model} is {kind}; that is not supported, use a text-to-video model of Wan 2.1.")
+                raise ValueError(f"{model} is {kind}; it is not supported. Use a Wan 2.1 text-to-video model.")
         check_channels(model, transformer)
         if "Flow" not in scheduler.get("_class_name", "Flow") and not scheduler.get("use_flow_sigmas"):
-            raise ValueError(f"{model}/scheduler is not one of a flow (use_flow_sigmas); use Wan's own scheduler.")
+            raise ValueError(f"{model}/scheduler is not a flow scheduler (use_flow_sigmas); use Wan's own scheduler.")
         return dict(latent=(transformer["in_channels"], 60, 104), scheduler=scheduler)
 
     @staticmethod
@@ -69,9 +69,9 @@ class Wan(Backbone):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """Euler's steps along the flow, with the release's shift, from pure noise.
+        """Euler steps along the flow from pure noise, with the release's shift.
 
-        The release's own solver, UniPC, is of second order.
+        The release's own solver, UniPC, is second-order.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -87,7 +87,7 @@ class Wan(Backbone):
 
         kinds = dict(text_encoder=UMT5EncoderModel, transformer=WanTransformer3DModel, vae=AutoencoderKLWan)
         made = dict.fromkeys(kinds)
-        for name in kinds.keys() & set(parts):
+        for name in filter(parts.__contains__, kinds):
             made[name] = load_network(kinds[name], self.model, name, torch.float32 if name == "vae" else self.dtype)
         tokenizer = load_tokenizer(self.model, "tokenizer") if "tokenizer" in parts else None
         return WanPipeline(tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(), **made)
@@ -97,25 +97,25 @@ class Wan(Backbone):
         return (embedding[0],)  # L D
 
     def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        if t.ndim == 2:  # the model knows timesteps of tokens, of patches of 1 x 2 x 2
+        if t.ndim == 2:  # the model takes a timestep per token, a 1 x 2 x 2 patch
             t = t.repeat_interleave(x.shape[3] * x.shape[4] // 4, dim=1)  # B S
         flow = self.pipe.transformer(x.transpose(1, 2), t, text, return_dict=False)[0]  # B C f H W
         return flow.transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents F x C x H x W as 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time.
+        """Decode latents F x C x H x W to 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time.
 
-        Decodes one latent frame after another, as the VAE's own `decode` does, but keeps only the caches of the causal
-        convolutions: memory does not grow with F, and the frames are the same bit for bit.
+        Decodes latent frames one by one, like the VAE's own `decode`, but keeps only the caches of the causal
+        convolutions: memory does not grow with F, and the frames are bit-identical.
         """
         vae, c = self.pipe.vae, self.pipe.vae.config
-        if hasattr(vae, "_hf_hook"):  # offload: to the device, as `vae.decode` would begin
+        if hasattr(vae, "_hf_hook"):  # offload: move to the device first, like `vae.decode`
             vae._hf_hook.pre_forward(vae)
         mean, std = (torch.tensor(x, device=self.device).view(-1, 1, 1, 1) for x in (c.latents_mean, c.latents_std))
         z = vae.post_quant_conv((latents.to(self.device).transpose(0, 1) * std + mean)[None])  # 1 C F H W
         vae.clear_cache()
-        cache = vae._feat_map  # this video's own; another one's decoding starts with a new one
+        cache = vae._feat_map  # this video's own; decoding another video makes a new one
         for piece in z.split(1, dim=2):
             video = vae.decoder(piece, feat_cache=cache, feat_idx=[0])  # 1 3 n H W
             yield from to_uint8(video[0])

@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging as diffusers_logging
 import torch
+import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would download a converted copy of a .bin
+for logging in (diffusers_logging, transformers_logging):  # what they would say in reports and bars, we say in a line
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 LFS = b"version https://git-lfs"  # how a Git-LFS pointer begins, which a clone without LFS has in place of a file
 
 

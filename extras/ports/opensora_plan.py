@@ -1,7 +1,7 @@
-"""Open-Sora Plan v1.3: its video transformer and the decoder of its WF-VAE, for released weights.
+"""Open-Sora Plan v1.3: the video transformer and the decoder of the WF-VAE, for the released weights.
 
 Written from the facts of the official code (github.com/PKU-YuanGroup/Open-Sora-Plan, tag v1.3.0), with its parameter
-names, so that its files load strictly. Inference only: no encoder, no training, no masks but the text's.
+names, so that its files load strictly. Inference only: no encoder, no training, no masks except the text's.
 
     B batch, T latent frames, C channels, H x W latent height and width; S tokens of width D; L text tokens
 """
@@ -25,16 +25,16 @@ from extras.ports.loading import Parts, fill, load_network, load_tokenizer, read
 
 
 class Ported(ModelMixin, ConfigMixin):
-    """A model of which this port takes some settings, and knows the only values of others (`fixed`)."""
+    """A model for which this port accepts some settings, and only one value of others (`fixed`)."""
 
     fixed: dict
 
     @classmethod
     def from_config(cls, config: dict, **kwargs):
-        """Raises ValueError if the configuration asks for what is not in the port. Other keys do not matter here."""
+        """Raises ValueError if the configuration needs what the port lacks. Other keys are ignored."""
         for key, value in cls.fixed.items():
             if config.get(key, value) != value:
-                raise ValueError(f"{key} must be {value!r} for this port, config.json says {config[key]!r}.")
+                raise ValueError(f"{key} must be {value!r} for this port; config.json has {config[key]!r}.")
         return super().from_config({k: v for k, v in config.items() if k in signature(cls).parameters}, **kwargs)
 
 
@@ -43,9 +43,9 @@ class Ported(ModelMixin, ConfigMixin):
 
 
 def rotary_table(grid: tuple[int, int, int], scales: tuple[float, float, float], head_dim: int) -> Tensor:
-    """Angles of the 3-D rotary positions of a T x H x W grid: (S, 3, head_dim / 6), float32 whatever the model's dtype.
+    """Angles of the 3-D rotary positions of a T x H x W grid: (S, 3, head_dim / 6), float32 for any model dtype.
 
-    A third of the head for each of t, h, w. Positions start at 0 and are divided by the scale.
+    t, h and w use a third of the head each. Positions start at 0 and are divided by the scale.
     """
     n = head_dim // 6
     frequencies = 10000 ** -(torch.arange(n) / n)
@@ -55,14 +55,14 @@ def rotary_table(grid: tuple[int, int, int], scales: tuple[float, float, float],
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary positions for x (B, heads, S, head_dim): within each third, its first half against its second."""
+    """Apply rotary positions to x (B, heads, S, head_dim): in each third, the first half pairs with the second."""
     a, b = x.float().unflatten(-1, (3, 2, -1)).unbind(-2)  # B heads S 3 n
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -2).flatten(-3).to(x.dtype)
 
 
 def to_sets(x: Tensor, n: int, grouped: bool) -> Tensor:
-    """Skiparse: (B, heads, S, d) -> (B n, heads, S / n, d), n sets of tokens that attend only to themselves.
+    """Skiparse: (B, heads, S, d) -> (B n, heads, S / n, d), n sets of tokens, each attending only to itself.
 
     Single skip: token s is in set s mod n; grouped: in set floor(s / n) mod n. S is a multiple of n^2.
     """
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if self.sparse:
-            S, pad = q.shape[2], -q.shape[2] % self.sparse[0] ** 2  # pads at the end, never attended to
+            S, pad = q.shape[2], -q.shape[2] % self.sparse[0] ** 2  # padding at the end, never attended to
             q, k, v = (to_sets(F.pad(y, (0, 0, 0, pad)), *self.sparse) for y in (q, k, v))
             if pad:
                 real = (torch.arange(S + pad, device=x.device) < S).view(1, 1, -1, 1).expand(len(x), -1, -1, -1)
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """Tokens (B, S, D) by (B, n, 1, D): in n equal parts, each by its own."""
+    """Multiply tokens (B, S, D), in n equal parts, by one scale each, (B, n, 1, D)."""
     return (x.unflatten(1, (scale.shape[1], -1)) * scale).flatten(1, 2)
 
 
@@ -162,7 +162,7 @@ class OpenSoraT2V_v1_3(Ported):
         interpolation_scale_h: float = 1.0,
         interpolation_scale_w: float = 1.0,
         sample_size_t: int = 24,
-        sample_size_h: int | tuple = (44, 80),  # latent sizes in training, from and to
+        sample_size_h: int | tuple = (44, 80),  # range of latent sizes in training
         sample_size_w: int | tuple = (44, 80),
     ):
         super().__init__()
@@ -170,7 +170,7 @@ class OpenSoraT2V_v1_3(Ported):
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size)
         self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
         self.adaln_single = AdaLayerNormSingle(dim)
-        sparse = [(sparse_n, i % 2 == 1) if 1 < i < 30 else None for i in range(num_layers)]  # 30 whatever the depth
+        sparse = [(sparse_n, i % 2 == 1) if 1 < i < 30 else None for i in range(num_layers)]  # 30 at any depth
         self.transformer_blocks = nn.ModuleList(Block(dim, num_attention_heads, norm_eps, s) for s in sparse)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
@@ -200,16 +200,16 @@ class OpenSoraT2V_v1_3(Ported):
 
 
 class Past:
-    """What modules keep of a video's earlier pieces, each under its own name; nothing at its start. (Not a bare dict,
-    of which offload hooks would make copies.)"""
+    """What modules keep of a video's earlier pieces, each under its own key; empty at the start. (Not a plain dict,
+    because offload hooks would copy it.)"""
 
     def __init__(self):
         self.kept: dict[object, Tensor] = {}
-        self.last = False  # no piece follows the one at hand
+        self.last = False  # whether this piece is the last
 
 
 class CausalConv3d(nn.Module):
-    """Zeros around each frame; in time two frames in front: the last two of before, at first the first frame twice."""
+    """Pads frames with zeros, and time with two frames in front: the last two, or at first the first frame twice."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3):
         super().__init__()
@@ -218,7 +218,7 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         if self.conv.kernel_size[0] == 3:
             x = torch.cat([past.kept.get(self, x[:, :, :1].expand(-1, -1, 2, -1, -1)), x], 2)
-            past.kept[self] = x[:, :, -2:].clone()  # not a view, which would keep all of x
+            past.kept[self] = x[:, :, -2:].clone()  # a view would keep all of x
         return self.conv(x)
 
 
@@ -283,9 +283,9 @@ class SpaceUpsample(nn.Module):
 
 
 class SpaceTimeUpsample(nn.Module):
-    """Every frame but the first becomes two, interpolated among themselves (the first stands apart); twice the size.
+    """Doubles height, width and all frames but the first, which takes no part in interpolation over time.
 
-    A frame's second half needs the frame after it: the last frame of a piece waits for the next piece, if there is one.
+    A frame's second half needs the next frame, so the last frame of a piece waits for the next piece, if there is one.
     """
 
     def __init__(self, channels: int):
@@ -312,9 +312,9 @@ class Chain(nn.ModuleList):
 
 
 def inverse_haar_3d(x: Tensor, first: bool) -> Tensor:
-    """(B, 8 c, T, H, W) -> (B, c, 2T, 2H, 2W), at the start of a video without its first frame.
+    """(B, 8 c, T, H, W) -> (B, c, 2T, 2H, 2W); at the start of a video, drops the first frame.
 
-    Band 4 bt + 2 bh + bw changes its sign with every second frame (bt), row (bh), column (bw). The gain is the
+    Band 4 bt + 2 bh + bw changes sign with every second frame (bt), row (bh), column (bw). The gain is the
     official literal, not 1 / sqrt(8).
     """
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=x.dtype, device=x.device)  # band bit, parity
@@ -324,7 +324,7 @@ def inverse_haar_3d(x: Tensor, first: bool) -> Tensor:
 
 
 def inverse_haar_2d(x: Tensor) -> Tensor:
-    """(B, 4 c, T, H, W) -> (B, c, T, 2H, 2W). Band 2 bw + bh: the other way round than in 3-D."""
+    """(B, 4 c, T, H, W) -> (B, c, T, 2H, 2W). Band 2 bw + bh: the reverse of the order in 3-D."""
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=x.dtype, device=x.device)
     out = 0.5 * torch.einsum("zijcthw,jb,id->zcthbwd", x.unflatten(1, (2, 2, -1)), signs, signs)
     return out.flatten(5, 6).flatten(3, 4)
@@ -359,15 +359,15 @@ class WFVAEDecoder(Ported):
         self.norm_out, self.conv_out = Norm(c), FrameConv2d(c, 24)
 
     def forward(self, z: Tensor, past: Past) -> Tensor:
-        """The next piece of a video: unscaled latents (B, C, T, H, W) -> frames (B, 3, 4T, 8H, 8W) about [-1, 1], at
-        first 3 fewer; all but the last latent frame's, which come with the next piece (see SpaceTimeUpsample)."""
+        """Decode the next piece of a video: unscaled latents (B, C, T, H, W) -> frames (B, 3, 4T, 8H, 8W) about [-1,
+        1], at first 3 fewer. The last latent frame's come with the next piece (see SpaceTimeUpsample)."""
         e, first = self.config.decoder_energy_flow_hidden_size, not past.kept
         h = self.mid(self.conv_in(z, past), past)
         h, low = h[:, :-e], h[:, -e:]
         low = inverse_haar_3d(self.connect_l2(low, past), first)  # 3, 2T, 2H, 2W
         low = torch.cat([past.kept.get("low", low[:, :, :0]), low], 2)
         h = self.up2(h, past)
-        past.kept["low"], low = low[:, :, h.shape[2] :], low[:, :, : h.shape[2]]  # what up2 holds back waits here too
+        past.kept["low"], low = low[:, :, h.shape[2] :], low[:, :, : h.shape[2]]  # holds back what up2 holds back
 
         h, detail = h[:, :-e], self.connect_l1(h[:, -e:], past)
         low = inverse_haar_2d(torch.cat([detail[:, :3] + low, detail[:, 3:]], 1))  # 3, 2T, 4H, 4W
@@ -377,10 +377,10 @@ class WFVAEDecoder(Ported):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, piece: int = 2) -> Iterator[Tensor]:
-        """Latents (B, C, F, H, W) as the transformer makes them -> frames (B, 3, n, 8H, 8W), 4(F - 1) + 1 in all.
+        """Latents (B, C, F, H, W) from the transformer -> frames (B, 3, n, 8H, 8W), 4(F - 1) + 1 in all.
 
-        In pieces of `piece` latent frames (the first has one more): equal to one go, in memory that does not depend
-        on F, for every convolution is causal and the upsampler looks just one latent frame ahead.
+        Decodes in pieces of `piece` latent frames (the first has one more). The frames equal those of one call, in
+        memory independent of F, because all convolutions are causal and the upsampler looks one latent frame ahead.
         """
         z, past = latents / self.config.scale, Past()
         pieces = [z[:, :, : piece + 1], *(p for p in z[:, :, piece + 1 :].split(piece, 2) if p.shape[2])]
@@ -397,27 +397,27 @@ TEXT_ENCODER = "google/mt5-xxl"
 
 
 def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Parts:
-    """Some parts of a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
+    """Load some parts of a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
 
-    Tokenizer and text encoder come from its mt5-xxl/, if it is a folder that has one, or from TEXT_ENCODER. Raises
-    ValueError if something is missing or unfit.
+    Tokenizer and text encoder come from its mt5-xxl/ if it is a folder that has one, else from TEXT_ENCODER. Raises
+    ValueError if something is missing or does not fit.
     """
     text = str(Path(model) / "mt5-xxl") if (Path(model) / "mt5-xxl").is_dir() else TEXT_ENCODER
     load = dict(
         tokenizer=lambda: load_tokenizer(text, ""),
         text_encoder=lambda: load_network(MT5EncoderModel, text, "", dtype),
         transformer=lambda: load_network(OpenSoraT2V_v1_3, model, TRANSFORMER, dtype, strict=True),
-        vae=lambda: nn.Module.to(load_decoder(model), dtype),  # diffusers' own warns of nothing
+        vae=lambda: nn.Module.to(load_decoder(model), dtype),  # diffusers' own warns needlessly
     )
     return Parts.make(lambda name: load[name](), parts)
 
 
 def load_decoder(model: str) -> WFVAEDecoder:
-    """The decoder of a folder or hub id, from vae/config.json and vae/merged.ckpt.
+    """Load the decoder of a folder or hub id, from vae/config.json and vae/merged.ckpt.
 
-    That file is a pickle: it is read with weights_only, which runs nothing that is in it. It holds two decoders, of two
-    stages of training, whose names differ by a "module." only; the later one counts. Raises ValueError if something is
-    missing, no plain tensor, or unfit.
+    merged.ckpt is a pickle: it is read with weights_only, which runs none of its code. It holds two decoders, from two
+    stages of training, whose names differ only by "module."; the later one is used. Raises ValueError if something is
+    missing, is not a plain tensor, or does not fit.
     """
     try:
         decoder = WFVAEDecoder.from_config(WFVAEDecoder.load_config(model, subfolder="vae"))

@@ -1,10 +1,10 @@
-"""Train the tiny CogVideoX from nothing: renderer -> VAE -> latents -> transformer with its text encoder -> transformer
-and decoder once more, on clips of their own making -> checkpoint.
+"""Train the tiny CogVideoX from scratch: renderer -> VAE -> latents -> transformer with its text encoder -> transformer
+and decoder again, on clips that they generate -> checkpoint.
 
-    python -m extras.tiny.train                # everything; stop it at any time, the same command resumes
+    python -m extras.tiny.train                # everything; if interrupted, the same command resumes
     python -m extras.tiny.train --init extras/tiny/checkpoint --lr 1e-3 --steps 2500    # without the VAE
 
-Work in progress is kept in extras/tiny/work/ (not in git). The result, a pipeline in diffusers format, is
+Intermediate results are in extras/tiny/work/ (not in git). The result, a pipeline in diffusers format, is
 extras/tiny/checkpoint/.
 """
 
@@ -34,8 +34,8 @@ from extras.tiny.world import (
     vocabulary,
 )
 
-TOKENS = 16  # text tokens a prompt, the end mark and padding included
-BATCH = 16  # whole clips a step of the transformer
+TOKENS = 16  # text tokens per prompt, including end mark and padding
+BATCH = 16  # whole clips per step of the transformer
 HERE = Path(__file__).parent
 
 
@@ -55,7 +55,7 @@ def make_vae() -> AutoencoderKLCogVideoX:
 
 
 def make_transformer() -> CogVideoXTransformer3DModel:
-    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128: 13 x 4 x 4 = 208 tokens a window."""
+    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128: 13 x 4 x 4 = 208 tokens per window."""
     return CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -73,7 +73,7 @@ def make_transformer() -> CogVideoXTransformer3DModel:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the world, lower-cased; `</s>` ends a prompt; every other word is `<unk>`."""
+    """One token per word of the world, lower-cased; `</s>` ends a prompt; every other word is `<unk>`."""
     words = ["<pad>", "</s>", "<unk>", *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -93,7 +93,7 @@ def make_text_encoder() -> T5EncoderModel:
 
 
 def make_scheduler() -> CogVideoXDDIMScheduler:
-    """CogVideoX-2B's."""
+    """CogVideoX-2B's noise schedule."""
     return CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -108,7 +108,7 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
 
 
 def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """n random stories (n, 4), their video (n, 3, frames, SIZE, SIZE) in [-1, 1], and where the object is (0 or 1)."""
+    """n random stories (n, 4), their video (n, 3, frames, SIZE, SIZE) in [-1, 1], and the object's mask (0 or 1)."""
     generator = torch.Generator().manual_seed(seed)
     stories = sample_stories(n, generator)
     start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
@@ -116,22 +116,22 @@ def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def draw(stories: torch.Tensor, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stories (n, 4) and motion (n, T, 3) as a video (n, 3, T, SIZE, SIZE) in [-1, 1], and where the object is."""
+    """Stories (n, 4) and motion (n, T, 3) as a video (n, 3, T, SIZE, SIZE) in [-1, 1], and the object's mask."""
     video = render(stories, motion)
     mask = (video - backgrounds()[stories[:, 2]][:, None]).abs().amax(2, keepdim=True) > 0.02
     return video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
 
 
 def to_cells(mask: torch.Tensor) -> torch.Tensor:
-    """Where the object is (n, 1, T, SIZE, SIZE) -> the share of video frames in which it reaches into a latent cell
+    """The object's mask (n, 1, T, SIZE, SIZE) -> the fraction of video frames in which the object touches a latent cell
     (n, F, 1, 8, 8)."""
     mask = F.max_pool3d(mask, (1, 8, 8))
     return torch.cat([mask[:, :, :1], F.avg_pool3d(mask[:, :, 1:], (4, 1, 1))], 2).transpose(1, 2)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal by five Newton-Schulz iterations: torch.optim.Muon in float32, for processors on which
-    its bfloat16 is slow."""
+    """Momentum, orthogonalised by five Newton-Schulz iterations: torch.optim.Muon in float32, for processors on which
+    bfloat16 is slow."""
 
     def __init__(self, params: list[torch.Tensor], lr: float):
         super().__init__(params, dict(lr=lr))
@@ -151,7 +151,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where it is fast."""
+    """Autocast to bfloat16 where it is fast."""
     fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
@@ -165,9 +165,9 @@ def fit(
     work: Path,
     ema: float,
 ) -> None:
-    """Minimise `loss_at(step)`: Muon for the matrices of transformer blocks, AdamW for all else, warm-up, cosine decay.
+    """Minimise `loss_at(step)`: Muon for the matrices of transformer blocks, AdamW for the rest, warm-up, cosine decay.
 
-    Leaves the running average of the weights in the modules. Saved every two minutes, resumed from its own file.
+    Leaves the running average of the weights in the modules. Saves its state every two minutes and resumes from it.
     """
     params = [p.requires_grad_(True) for m in modules for p in m.parameters()]
     blocks = [m.transformer_blocks for m in modules if hasattr(m, "transformer_blocks")]
@@ -213,15 +213,15 @@ def fit(
 
 
 def weighed(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean of |error| + error^2, eleven times as much where the object is."""
+    """Mean of |error| + error^2, with eleven times the weight on the object."""
     return ((1 + 10 * mask) * (error.abs() + error**2)).mean()
 
 
 def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path) -> None:
-    """Single frames first, then clips of 9 and 17 frames (one and two of the VAE's own pieces).
+    """Train on single frames, then on clips of 9 and 17 frames (one and two of the VAE's own pieces).
 
-    The object's pixels weigh more, for they are few. The KL term grows until the latents' noise is about 0.15 of their
-    spread: with less, an encoder may write what it knows of the object so small that diffusion never sees it.
+    The object's pixels weigh more because they are few. The KL term grows until the latents' noise is about 0.15 of
+    their spread; with less, the encoder may encode the object so faintly that diffusion never sees it.
     """
 
     def loss_at(step):
@@ -244,8 +244,8 @@ def encode(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> torch.Tensor:
 
 
 def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path) -> tuple[torch.Tensor, ...]:
-    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, their stories (n, 4), and where the object is (see
-    `to_cells`); kept in a file."""
+    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, their stories (n, 4), and the object's cells (see
+    `to_cells`); cached in a file."""
     path = work / "latents.pt"
     if not path.exists():
         latents, stories, masks = [], [], []
@@ -263,10 +263,10 @@ def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path) -> tuple[torch
 def error_of_v(
     models: tuple, x: torch.Tensor, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (n, F, 8, 8, 8) with noise of timesteps t (n): how far the predicted v is from the one that leads to x0, and
+    """Add noise of timesteps t (n) to x (n, F, 8, 8, 8); return the predicted v minus the one that leads to x0, and
     sigma (n, 1, 1, 1, 1). models: transformer, text encoder, tokenizer, scheduler.
 
-    Captions leave out the colour (30 %), the place (30 %), all of the subject (10 %) or everything (10 %: guidance).
+    Captions omit the colour (30 %), the place (30 %), the whole subject (10 %) or everything (10 %, for guidance).
     """
     transformer, text_encoder, tokenizer, scheduler = models
     n, device = len(x), transformer.device
@@ -283,7 +283,7 @@ def error_of_v(
 
 
 def weighed_square(error: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """The mean square; where the object is an error weighs five times as much: most of a clip is background."""
+    """Mean square, with five times the weight on the object, because most of a clip is background."""
     weight = 1 + 4 * cells.to(error.device)
     return (weight * error**2).mean() / weight.mean()
 
@@ -291,11 +291,11 @@ def weighed_square(error: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
 def train_transformer(
     models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: float, last: bool, work: Path
 ) -> None:
-    """v-prediction: many first frames first, then short clips, then whole ones.
+    """Train by v-prediction: on many first frames, then on short clips, then on whole ones.
 
-    Among few video tokens the model finds out within minutes what the words mean, among 208 of them it takes hours. The
-    last third sees more of the low noise, for there the outlines are drawn. `last`: all is last third, for a model that
-    knows the words.
+    With few video tokens the model learns what the words mean within minutes; with 208 of them it takes hours. The last
+    third samples more low noise, where the outlines are drawn. `last`: train as in the last third throughout, for a
+    model that knows the words.
     """
     latents, stories, masks = data
 
@@ -314,12 +314,12 @@ def train_transformer(
 
 @torch.no_grad()
 def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor, ...]:
-    """About n clips as the transformer makes them: latents (m, 13, 8, 8, 8), and of the clean clips that fit them best
-    the latents, the stories (m, 4), the motions (m, 49, 3) and where the object is (see `to_cells`).
+    """About n clips generated by the transformer: their latents (m, 13, 8, 8, 8), and for the clean clips that fit them
+    best, the latents, stories (m, 4), motions (m, 49, 3) and the object's cells (see `to_cells`).
 
-    Clips that show another shape, colour or place than told stay out. Kept in a file."""
+    Omits clips with another shape, colour or place than the caption's. Cached in a file."""
     path, fitter = work / "own.pt", Fitter()
-    kept = torch.load(path, weights_only=True) if path.exists() else []  # of each eight, the clips that are right
+    kept = torch.load(path, weights_only=True) if path.exists() else []  # for each batch of eight, the correct clips
     pipe.set_progress_bar_config(disable=True)
     for seed in tqdm(range(len(kept), n // 8), desc="own clips", initial=len(kept), total=n // 8):
         generator = torch.Generator().manual_seed(2 * 10**6 + seed)
@@ -339,15 +339,15 @@ def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor
         torch.save(kept, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
     if not any(kept):
-        raise SystemExit("No clip of the transformer's own shows what it was told: more --steps, or --own_clips 0")
+        raise SystemExit("None of the transformer's clips shows its caption; use more --steps, or --own_clips 0.")
     return tuple(map(torch.stack, zip(*sum(kept, []))))
 
 
 def tune_transformer(
     models: tuple, data: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...], steps: int, work: Path
 ) -> None:
-    """At low noise the transformer learns to see in its own clips the clean ones that fit them best, and so to mend
-    what it drew wrong at more noise. Every second clip is the world's as before."""
+    """Teach the transformer to predict, at low noise, the clean clips that best fit its own, and so to correct what it
+    drew wrong at higher noise. Every second clip is from the world, as before."""
     latents, stories, masks = data
     own_latents, clean, own_stories, _, own_masks = own
 
@@ -358,15 +358,15 @@ def tune_transformer(
         t = torch.cat([1000 * u[: BATCH // 2] ** 2, 500 * u[BATCH // 2 :]]).long()
         x, x0 = torch.cat([latents[pick], own_latents[mine]]), torch.cat([latents[pick], clean[mine]])
         error, sigma = error_of_v(models, x, x0, torch.cat([stories[pick], own_stories[mine]]), t, generator)
-        error[BATCH // 2 :] *= sigma[BATCH // 2 :]  # an error of x0: v's would grow without end where there is no noise
+        error[BATCH // 2 :] *= sigma[BATCH // 2 :]  # error of x0, because v's diverges as the noise vanishes
         return weighed_square(error, torch.cat([masks[pick], own_masks[mine]]))
 
     fit("mending", list(models[:2]), loss_at, steps, 1e-3, work, ema=0.995)
 
 
 def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path) -> None:
-    """The decoder learns what the transformer's latents mean, which are not quite the encoder's: it shall draw the
-    clean picture that fits them best. Every second clip is the world's as before, so it stays the encoder's inverse."""
+    """Teach the decoder the transformer's latents, which differ slightly from the encoder's: it learns to draw the
+    clean picture that best fits them. Every second clip is from the world, so it stays the encoder's inverse."""
     (latents, _, stories, motions, _), device = own, vae.device
 
     def loss_at(step):
@@ -388,14 +388,14 @@ def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], ste
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", type=Path, help="a checkpoint's folder: keep its VAE, go on with its transformer")
+    parser.add_argument("--init", type=Path, help="a checkpoint's folder: keep its VAE, train its transformer further")
     parser.add_argument("--vae_steps", type=int, default=3500)
     parser.add_argument("--clips", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=9000, help="of the transformer")
-    parser.add_argument("--own_clips", type=int, default=1024, help="that both are tuned on; 0: no tuning")
-    parser.add_argument("--own_steps", type=int, default=2000, help="of the transformer's tuning")
-    parser.add_argument("--decoder_steps", type=int, default=2000, help="of the decoder's")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=9000, help="for the transformer")
+    parser.add_argument("--own_clips", type=int, default=1024, help="to tune both on; 0: no tuning")
+    parser.add_argument("--own_steps", type=int, default=2000, help="to tune the transformer")
+    parser.add_argument("--decoder_steps", type=int, default=2000, help="to tune the decoder")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="for the transformer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--output", type=Path, default=HERE / "checkpoint")

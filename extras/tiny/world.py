@@ -1,8 +1,8 @@
 """The tiny world: 64x64 clips of one object doing one thing in one place, captioned in plain words.
 
     shape x colour x background x action = 4 x 5 x 4 x 5 = 400 stories, each in endless variations of position, size,
-    speed and phase. `render` draws them, `caption` describes them, `Fitter` looks at any clip and says what it shows,
-    by fitting the same renderer to it. torch only.
+    speed and phase. `render` draws them, `caption` describes them, `Fitter` reads what any clip shows by fitting the
+    same renderer to it. Needs only torch.
 
 Coordinates: x to the right, y down, both in [0, 1] of the frame's side; sizes are multiples of RADIUS.
 """
@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-SIZE, FRAMES, RADIUS, GROUND = 64, 49, 0.22, 0.92  # pixels a side; video frames a clip; object radius; y of its feet
+SIZE, FRAMES, RADIUS, GROUND = 64, 49, 0.22, 0.92  # pixels per side; frames per clip; object radius; y of its feet
 SHAPES = ["ball", "box", "triangle", "star"]
 COLORS = {
     "red": (0.90, 0.16, 0.14),
@@ -41,7 +41,7 @@ def sample_stories(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def caption(story, color: bool = True, background: bool = True, subject: bool = True) -> str:
-    """A story in words, e.g. "A red ball in the desert. It jumps."; what is left out is the model's to choose."""
+    """A story in words, e.g. "A red ball in the desert. It jumps."; the model chooses what is omitted."""
     shape, col, place, action = (int(i) for i in story)
     noun = f"A {list(COLORS)[col]} {SHAPES[shape]}" if color else f"A {SHAPES[shape]}"
     where = f" {list(BACKGROUNDS.values())[place]}" if background else ""
@@ -58,7 +58,7 @@ def vocabulary() -> list[str]:
 
 
 def backgrounds() -> torch.Tensor:
-    """The four painted places: (4, 3, SIZE, SIZE) in [0, 1]."""
+    """Paint the four places: (4, 3, SIZE, SIZE) in [0, 1]."""
     y, x = GRID[:, None].expand(SIZE, SIZE), GRID[None, :].expand(SIZE, SIZE)
     rgb = lambda *c: torch.tensor(c)[:, None, None]  # noqa: E731
     edge = lambda d: (d * SIZE + 0.5).clamp(0, 1)  # anti-aliased coverage of the side where d > 0  # noqa: E731
@@ -111,10 +111,10 @@ def backgrounds() -> torch.Tensor:
 
 
 def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Where the object is in each video frame: (n, FRAMES, 3) of x, y (its centre) and size, for stories (n, 4).
+    """Random object motion for stories (n, 4): x, y (its centre) and size in each video frame, (n, FRAMES, 3).
 
-    Position, size, speed and phase are drawn; a movement may begin late or end early, so a clip can start or stop
-    mid-action, and what one clip ends with another can begin with.
+    Position, size, speed and phase are random. A movement may begin late or end early, so a clip can start or stop
+    mid-action, and one clip can begin where another ends.
     """
     n, t = len(stories), torch.arange(FRAMES)
     draw = lambda lo, hi: lo + (hi - lo) * torch.rand(n, 1, generator=generator)  # noqa: E731
@@ -124,20 +124,20 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
     before, after = (draw(-20, 18).clamp(min=0) for _ in range(2))
     progress = ((t - before) / (FRAMES - 1 - before - after)).clamp(0, 1)
 
-    # the size goes from a start to an end that is far enough to be seen, or stands still
+    # the size changes by a visible amount, or stays constant
     s_low = draw(0.65, 0.90)
     s_high = (s_low + draw(0.35, 0.60)).clamp(max=1.35)
     s = torch.where(action[2], draw(0.70, 0.95), draw(0.65, 1.35)).expand(n, FRAMES)
     s = torch.where(action[3], s_low + (s_high - s_low) * progress, s)
     s = torch.where(action[4], s_high + (s_low - s_high) * progress, s)
 
-    # so does x, wherever the frame holds the whole object at its largest
+    # so does x, within the range that keeps the whole object at its largest in the frame
     edge = WIDEST * RADIUS * s.amax(1, keepdim=True)
     way = draw(0.24, 0.56).minimum(1 - 2 * edge) * (action[0] | action[1])
     x_low = edge + (1 - 2 * edge - way) * draw(0, 1)
     x = x_low + way * torch.where(action[1], 1 - progress, progress)
 
-    # a small object jumps: one hop a clip, from any phase of it
+    # a small object jumps: one hop per clip, starting at any phase
     hop = draw(0.24, 0.30) * torch.sin(torch.pi * (t / (FRAMES - 1) + draw(0, 1))).square()
     y = GROUND - RADIUS * s - torch.where(action[2], hop, torch.zeros(()))
     return torch.stack([x, y, s], -1)
@@ -180,9 +180,9 @@ def render(stories: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
 
 
 class Fitter:
-    """Reads a clip by fitting the renderer to it: which story it tells, and where the object is in every frame.
+    """Reads a clip by fitting the renderer to it: its story, and the object's position and size in every frame.
 
-    At half resolution, over a grid of positions and sizes: |g - T|^2 is smallest where 2 <g, T> - |T|^2 is largest,
+    Searches a grid of positions and sizes at half resolution: |g - T|^2 is smallest where 2 <g, T> - |T|^2 is largest,
     with g = frame - background and T = (color - background) fill + (ink - background) line.
     """
 
@@ -201,12 +201,12 @@ class Fitter:
         return images.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2)).mean((-3, -1)).flatten(-2)
 
     def adds(self, place: int, color: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What fill and line add to the pixels of a background that they cover: 3 P each."""
+        """What fill and line add to the background pixels that they cover: 3 P each."""
         return PALETTE[color][:, None] - self.places[place], INK[:, None] - self.places[place]
 
     @functools.cache  # noqa: B019
     def norm(self, place: int, color: int, shape: int) -> torch.Tensor:
-        """|T|^2 of the whole grid: G."""
+        """|T|^2 for the whole grid: G."""
         f, n = self.fill[shape], self.line[shape]  # G P
         fill, line = self.adds(place, color)
         return f**2 @ (fill**2).sum(0) + n**2 @ (line**2).sum(0) + 2 * (f * n) @ (fill * line).sum(0)
@@ -228,8 +228,8 @@ class Fitter:
 
     @staticmethod
     def refine(video: torch.Tensor, story: tuple[int, int, int, int], motion: torch.Tensor) -> torch.Tensor:
-        """The motion (T, 3) beside the grid's whose picture is nearest to the video at full resolution: a
-        Levenberg-Marquardt search, each frame for itself."""
+        """Refine the grid's motion (T, 3) until its picture is nearest to the video at full resolution, by a
+        Levenberg-Marquardt search per frame."""
         draw = lambda motion: render(torch.tensor([story]), motion[None])[0].flatten(1)  # T P  # noqa: E731
         target, picture, damping = video.flatten(1), draw(motion), torch.full((len(motion), 1, 1), 0.1)
         for _ in range(8):
@@ -247,7 +247,7 @@ class Fitter:
 
     @staticmethod
     def action(motion: torch.Tensor) -> int:
-        """The action that a motion (T, 3) shows most clearly, -1 if none does; against the least change of each."""
+        """Action that a motion (T, 3) shows most clearly, relative to each one's least change; -1 if none."""
         x, y, s = motion.unbind(-1)
         third = max(1, len(motion) // 3)
         dx, ds = (v[-third:].mean() - v[:third].mean() for v in (x, s))
