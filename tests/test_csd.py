@@ -75,7 +75,7 @@ def test_demo(base, tmp_path, capsys):
     """4 steps x 3 windows + 2 refined steps x 2 x 3 = 24 evaluations of SynCoS: 8 iterations of 3 windows."""
     call(*base, "--compare", "csd", "gen-l-video", "--save_latents")
     captured = capsys.readouterr()
-    assert "csd: 24 model evaluations (windows); 8 iterations of 3 windows, learning rate 0.1" in captured.out
+    assert "csd: 24 model evaluations (windows); 8 iterations of 3 windows, learning rate 0.2" in captured.out
     assert "24/24" in captured.err and (tmp_path / "video.png").exists()
     latents, _ = read_tensors(tmp_path / "video.safetensors", "latents")
     assert latents["csd"].shape == (9, 4, 2, 4) and latents["csd"].isfinite().all()

@@ -105,7 +105,7 @@ REFUSALS = {  # words after those of `base` without its story; {} is a folder ->
     "--model {}/none": "CogVideoX",
     "--device gpu": "gpu",
     "--offload model": "--offload",
-    "--method csd": "csd",
+    "--method sora --prompt a": "sora",
     "--method fifo --prompt a": "at least 5",  # steps
     "--ablate stage-9": "stage-9",
     "--ablate stage-1 --method fifo": "--ablate",

@@ -182,7 +182,7 @@ def test_windows_refuse_what_does_not_fit():
 
 
 def test_codenoise_gives_each_window_its_prompt_a_few_windows_at_a_time():
-    x, windows, sizes = randn(40, 2, 3, 3), S.make_windows(40, 5, 2), []
+    x, windows, sizes = randn(100, 2, 3, 3), S.make_windows(100, 5, 2), []
 
     def predict(x, t, prompts):
         sizes.append((len(x), len(prompts)))
@@ -190,8 +190,8 @@ def test_codenoise_gives_each_window_its_prompt_a_few_windows_at_a_time():
 
     prompts = [str(i) for i in range(len(windows))]
     fused = S.temporal_codenoise(predict, x, 999, windows, prompts)
-    assert sizes == [(8, 8), (8, 8), (3, 3)]
-    for frame in range(40):
+    assert sizes == [(24, 24), (24, 24), (1, 1)]
+    for frame in range(100):
         numbers = [i for i, w in enumerate(windows) if w.start <= frame < w.stop]
         assert maxdiff(fused[frame], x[frame] * sum(numbers) / len(numbers)) < 1e-4
     assert torch.equal(S.temporal_codenoise(predict, x, 999, windows, prompts, batch=len(windows)), fused)
