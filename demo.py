@@ -1,9 +1,9 @@
 """Make a long video of several events from one command.
 
     python demo.py                            the embedded tiny model, on any laptop
-    python demo.py --compare                  Gen-L-Video and SynCoS side by side, from the same noise
+    python demo.py --compare                  Gen-L-Video and SynCoS from the same noise
     python demo.py --backbone cogvideox       CogVideoX-2B, on a GPU
-    python demo.py --backbone cogvideox --global_prompt "A red fox in the snow." --prompt "It runs. | It jumps."
+    python demo.py --backbone cogvideox --global_prompt "A red fox." --prompt "It runs. | It jumps."
 
 Writes the video and, beside it, a contact sheet (PNG) with each event's prompt above its frames.
 """
@@ -110,9 +110,9 @@ LIMITS = {  # of numbers, both ends included; syncos.Settings checks the others
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The plan: everything that can be known, and refused, before a model is loaded. All of this raises ValueError, one
-# sentence that says what is wrong and what to do.
+# --------------------------------------------------------------------------------------------------
+# The plan: everything that can be known, and refused, before a model is loaded. All of this raises
+# ValueError, one sentence that says what is wrong and what to do.
 
 
 def plan_run(args: argparse.Namespace) -> runs.Run:
@@ -222,7 +222,8 @@ def latents_file(args: argparse.Namespace) -> Path:
 
 
 def keeps_state(args: argparse.Namespace) -> bool:
-    """Save after every step? With several processes always: one that dies leaves the others no time to save."""
+    """Save after every step? With several processes always: one that dies
+    leaves the others no time to save."""
     return bool(args.state or args.resume or runs.several_processes())
 
 
@@ -230,7 +231,7 @@ def state_file(args: argparse.Namespace) -> Path:
     return args.state or args.resume or args.output_path.with_suffix(".state.safetensors")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -239,7 +240,8 @@ def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dty
 
 
 def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: runs.State) -> tuple[dict, dict]:
-    """Latents of each method, and what the video's file should know; both are on disk before decoding starts."""
+    """Latents of each method, and what the video's file should know; both are
+    on disk before decoding starts."""
     recipe, story = run.plan.recipe, run.story
 
     def look(method: str, step: int, x0: torch.Tensor) -> None:
@@ -266,7 +268,8 @@ def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: r
 
 
 def write(args: argparse.Namespace, backbone: Backbone, latents: dict, about: dict, safe: Path) -> None:
-    """The video and its contact sheet; `safe` is the file that the latents can be decoded from again."""
+    """The video and its contact sheet; `safe` is the file that the
+    latents can be decoded from again."""
     fps, events = args.fps or about["fps"], list(zip(about["spans"], about["local"]))
     captions = about["captions"] if args.captions is None else args.captions
     comment = json.dumps(about["run"])  # how it was made, for whoever finds the video later

@@ -1,7 +1,9 @@
-"""Structured prompts: one global prompt for what stays, one local prompt per event for what changes.
+"""Structured prompts: one global prompt for what stays, one local
+prompt per event for what changes.
 
     python prompts.py "A cat wakes up, hunts a fly and falls asleep again" --num_prompts 3
-        prints the instruction for any chat model (the paper used GPT-4o); save its answer as a JSON file
+        prints the instruction for any chat model (the paper used GPT-4o); save its answer as a
+        JSON file
     python prompts.py "..." --num_prompts 3 --llm MODEL [--base_url URL] --output story.json
         asks a model on the Hugging Face hub or any OpenAI-compatible server, and writes that file
     python demo.py --story story.json
@@ -25,7 +27,8 @@ LONGEST = 10_000  # characters per prompt
 
 @dataclass(frozen=True)
 class Story:
-    """A structured prompt: one local prompt per event, in time order. Raises ValueError if empty."""
+    """A structured prompt: one local prompt per event, in time
+    order. Raises ValueError if empty."""
 
     global_prompt: str
     local_prompts: tuple[str, ...]
@@ -42,7 +45,8 @@ class Story:
             raise ValueError(f"A prompt has {len(longest)} characters; no model reads more than {LONGEST}.")
 
     def event_prompts(self, structured: bool = True) -> list[str]:
-        """Text of each event: global and local prompt joined, or the local one alone (the paper's ablation)."""
+        """Text of each event: global and local prompt joined, or the local
+        one alone (the paper's ablation)."""
         parts = [[self.global_prompt, text] if structured else [text] for text in self.local_prompts]
         return [" ".join(part.strip() for part in pair if part.strip()) for pair in parts]
 
@@ -53,7 +57,8 @@ def parse_events(text: str, global_prompt: str = "") -> Story:
 
 
 def parse_story(text: str, count: int | None = None) -> Story:
-    """A story from JSON, {"global": "...", "local": ["...", ...]}, with `count` events if given. Raises ValueError."""
+    """A story from JSON, {"global": "...", "local": ["...", ...]}, with `count`
+    events if given. Raises ValueError."""
     form = 'expected {"global": "...", "local": ["...", ...]}'
     try:
         data = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else None)
@@ -73,7 +78,8 @@ def parse_story(text: str, count: int | None = None) -> Story:
 
 
 def load_story(path: str | Path) -> Story:
-    """A story from a JSON file in UTF-8, or UTF-16 with a byte order mark. Raises ValueError that names the file."""
+    """A story from a JSON file in UTF-8, or UTF-16 with a byte order mark. Raises
+    ValueError that names the file."""
     try:
         data = Path(path).read_bytes()
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -94,7 +100,8 @@ def to_json(story: Story) -> str:
 
 
 def assign_events(windows: Sequence[slice], events: int) -> list[int]:
-    """Event of each window, by the position of its centre: events share the range of centres evenly. [ours]
+    """Event of each window, by the position of its centre: events share
+    the range of centres evenly. [ours]
 
     Raises ValueError if an event would get no window.
     """
@@ -110,8 +117,8 @@ def assign_events(windows: Sequence[slice], events: int) -> list[int]:
 
 
 def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple[float, float]]:
-    """Start and end of each event as fractions of the video (0 to 1). Events meet half-way between the centres of the
-    windows on either side."""
+    """Start and end of each event as fractions of the video (0 to 1). Events meet half-way between
+    the centres of the windows on either side."""
     centres = [(w.start + w.stop) / 2 for w in windows]
     cuts = [(a + b) / 2 for a, b, i, j in zip(centres, centres[1:], assigned, assigned[1:]) if i != j]
     edges = [0.0, *(c / windows[-1].stop for c in cuts), 1.0]
@@ -124,7 +131,7 @@ def frame_events(windows: Sequence[slice], assigned: Sequence[int]) -> list[int]
     return [next(e for e, stop in enumerate(stops) if (k + 0.5) / frames < stop) for k in range(frames)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ready-made stories: one of each kind in the paper, and some for the tiny world
 
 SCENARIOS = {
@@ -208,7 +215,7 @@ SCENARIOS = {
             "The astronaut walks into a forest of glowing plants.",
         ),
     ),
-    # the tiny world (tiny/world.py): what a story leaves open, place or colour, is the model's to keep
+    # the tiny world (extras/tiny/world.py): a place or colour left open is the model's to keep
     "tiny-star": Story("A red star.", ("It grows.", "It moves right.", "It shrinks.", "It moves left.")),
     "tiny-ball": Story("A ball.", ("It grows.", "It moves right.", "It jumps.", "It shrinks.")),
     "tiny-box": Story("A box.", ("It jumps.", "It moves left.", "It shrinks.", "It moves right.")),
@@ -216,7 +223,7 @@ SCENARIOS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Asking a language model (the paper's Fig. 8, in our words)
 
 INSTRUCTION = """\
@@ -244,7 +251,8 @@ def instruction(scenario: str, count: int) -> str:
 
 
 def find_story(answer: str, count: int) -> Story:
-    """Find the story in a model's answer, whatever surrounds it: the last object with a story's keys.
+    """Find the story in a model's answer, whatever surrounds it:
+    the last object with a story's keys.
 
     Raises ValueError stating what is wrong with the answer.
     """
@@ -265,7 +273,8 @@ def find_story(answer: str, count: int) -> Story:
 
 
 def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
-    """Have `chat(messages) -> answer` split the scenario. After a bad answer, state the error and ask once more.
+    """Have `chat(messages) -> answer` split the scenario. After a bad answer,
+    state the error and ask once more.
 
     Raises ValueError if the second answer is bad too.
     """
@@ -282,7 +291,8 @@ def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
 
 
 def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
-    """Make `chat` for `ask`: a model on the hub (key: HF_TOKEN), or on an OpenAI-compatible server (OPENAI_API_KEY)."""
+    """Make `chat` for `ask`: a model on the hub (key: HF_TOKEN), or on an
+    OpenAI-compatible server (OPENAI_API_KEY)."""
     from huggingface_hub import InferenceClient
 
     key = os.environ.get("OPENAI_API_KEY") if base_url else None

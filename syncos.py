@@ -1,10 +1,11 @@
-"""SynCoS: Tuning-Free Multi-Event Long Video Generation via Synchronized Coupled Sampling (arXiv 2503.08605).
+"""SynCoS: Synchronized Coupled Sampling for multi-event long video generation (arXiv 2503.08605).
 
-A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with it, without training:
-several events in turn, one subject and one scene throughout. Every denoising step couples three stages:
+A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with
+it, without training: several events in turn, one subject and one scene throughout. Every
+denoising step couples three stages:
 
-    1. temporal_codenoise   local:   predict each window on its own, average where windows overlap   (DDIM)
-    2. csd_refine           global:  pull all windows towards one coherent video                     (CSD)
+    1. temporal_codenoise   local:   predict each window on its own, average overlaps     (DDIM)
+    2. csd_refine           global:  pull all windows towards one coherent video          (CSD)
     3. revert                        noise the result to the previous timestep
 
 The model enters only through a function:
@@ -15,13 +16,16 @@ The model enters only through a function:
         prompts   list of B strings
         x0        B x f x C x H x W, float32: the clean estimates, guidance already applied
 
-Any callable will do; it is never differentiated. This file needs torch and nothing else: copy it where you like.
+Any callable will do; it is never differentiated. This file needs only torch: copy it anywhere.
 
 Words that clash:
-    alpha, sigma   x_t = alpha x0 + sigma eps. The DDIM paper's alpha is our alpha squared (alpha-bar, alphas_cumprod)
-    step           index into the noise schedule, 0, 1, 2, ...; timestep t: what the model is told, 999, 979, ...
+    alpha, sigma   x_t = alpha x0 + sigma eps. The DDIM paper's alpha is our alpha squared
+                   (alpha-bar, alphas_cumprod)
+    step           index into the noise schedule, 0, 1, 2, ...
+    timestep t     what the model is told, 999, 979, ...
     stage          one of the three above; every step has all three
-    window         f consecutive latent frames (the paper's "chunk"); frame: always a latent frame in this file
+    window         f consecutive latent frames (the paper's "chunk")
+    frame          always a latent frame in this file
 
 [ours] marks a choice that the paper leaves open.
 """
@@ -36,7 +40,7 @@ from torch import Tensor
 PredictX0 = Callable[[Tensor, float, list[str]], Tensor]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The noise schedule: two numbers per timestep
 
 
@@ -51,12 +55,13 @@ class Level(NamedTuple):
 def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alpha_cumprod: float = 1.0) -> list[Level]:
     """Noise levels of DDIM sampling, for models that predict v or eps (the paper's preliminaries).
 
-    alphas_cumprod: the scheduler's table, one entry per training timestep; timesteps: one per step, descending,
-    as the scheduler lists them; final_alpha_cumprod: 1 ends clean (diffusers' `set_alpha_to_one=True`). Returns one
-    level per step and the final one, t = -1, which no model sees. Raises ValueError if the timesteps do not descend.
+    alphas_cumprod: the scheduler's table, one entry per training timestep; timesteps: one per step,
+    descending, as the scheduler lists them; final_alpha_cumprod: 1 ends clean (diffusers'
+    `set_alpha_to_one=True`). Returns one level per step and the final one, t = -1, which no model
+    sees. Raises ValueError if the timesteps do not descend.
 
-    The list's own neighbours are right for every spacing; a computed "previous timestep" `t - 1000 // steps` is wrong
-    where the number of steps does not divide 1000.
+    The list's own neighbours are right for every spacing; a computed "previous timestep" `t - 1000
+    // steps` is wrong where the number of steps does not divide 1000.
     """
     _check_descending(timesteps)
     abar = [float(alphas_cumprod[t]) for t in timesteps] + [final_alpha_cumprod]
@@ -66,8 +71,9 @@ def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alp
 def flow_levels(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Level]:
     """Noise levels of a rectified flow: alpha = 1 - sigma (the paper's appendix).
 
-    sigmas: one per step and the final 0, as diffusers' flow schedulers list them; timesteps: one per step, descending.
-    Returns one level per step and the final one. Raises ValueError if the two lists do not fit together.
+    sigmas: one per step and the final 0, as diffusers' flow schedulers list them; timesteps:
+    one per step, descending. Returns one level per step and the final one. Raises ValueError if
+    the two lists do not fit together.
     """
     _check_descending(timesteps)
     if len(sigmas) != len(timesteps) + 1:
@@ -85,8 +91,8 @@ def _check_descending(timesteps: Sequence[float]) -> None:
 def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Tensor:
     """The clean estimate x0 from a model's output (the paper's appendix). Tensors of one shape.
 
-    prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero terminal SNR. An
-    eps-prediction says nothing about x0 there, so alpha = 0 raises ValueError.
+    prediction: "v_prediction", "epsilon" (diffusers' words) or "flow". v and flow are exact at zero
+    terminal SNR. An eps-prediction says nothing about x0 there, so alpha = 0 raises ValueError.
     """
     if prediction == "v_prediction":
         return level.alpha * latents - level.sigma * output
@@ -100,18 +106,19 @@ def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Ten
 
 
 def implied_noise(latents: Tensor, x0: Tensor, level: Level) -> Tensor:
-    """The noise that x_t and x0 imply; with it, `revert` is a DDIM step with eta = 0 (Eq. 12 of the DDIM paper)."""
+    """The noise that x_t and x0 imply; with it, `revert` is a DDIM step, eta = 0 (DDIM, Eq. 12)."""
     return (latents - level.alpha * x0) / level.sigma
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Windows over the long latent, and their fusion
 
 
 def make_windows(frames: int, size: int, stride: int) -> list[slice]:
-    """Windows of `size` frames, `stride` apart: the paper's chunks. The last one is moved back to end at `frames`.
+    """Windows of `size` frames, `stride` apart: the paper's chunks.
 
-    Raises ValueError if a window does not fit or if windows would leave gaps.
+    The last one is moved back to end at `frames`. Raises ValueError if a window does not fit or if
+    windows would leave gaps.
     """
     if size < 1 or size > frames:
         raise ValueError(f"A window of {size} latent frames does not fit into {frames}; make the video longer.")
@@ -122,9 +129,10 @@ def make_windows(frames: int, size: int, stride: int) -> list[slice]:
 
 
 def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tensor:
-    """Average windows where they overlap: sum of values / number of windows (Fig. 5). Zero where no window lies.
+    """Average windows where they overlap: sum of values / number of windows (Fig. 5).
 
-    parts: one per window, f x C x H x W each, consumed one at a time. Returns F x C x H x W.
+    parts: one per window, f x C x H x W each, consumed one at a time. Returns F x C x H x W, zero
+    where no window lies.
     """
     total, count = None, torch.zeros(frames)
     for part, window in zip(parts, windows, strict=True):
@@ -134,7 +142,7 @@ def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tens
     return total / count.clamp(min=1).to(total).view(-1, *[1] * (total.ndim - 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 1: temporal co-denoising, local
 
 
@@ -147,11 +155,11 @@ def temporal_codenoise(
     prompts: Sequence[str],
     batch: int = 24,
 ) -> Tensor:
-    """Predict each window by its own prompt and fuse: x0 = fuse({predict_x0(x_t[window i], t, c_i)}) (stage 1, Fig. 5).
+    """x0 = fuse({predict_x0(x_t[window i], t, c_i)}): each window by its prompt (stage 1, Fig. 5).
 
-    latents: x_t of the long video, F x C x H x W; prompts: one per window. Returns x0, F x C x H x W, float32.
-    Neighbours agree where they overlap; nothing ties distant windows together. Windows are cut out `batch` at a time,
-    so that memory does not grow with their number.
+    latents: x_t of the long video, F x C x H x W; prompts: one per window. Returns x0,
+    F x C x H x W, float32. Neighbours agree where they overlap; nothing ties distant windows
+    together. Windows are cut out `batch` at a time, so that memory does not grow with their number.
     """
 
     def predictions() -> Iterator[Tensor]:
@@ -162,7 +170,7 @@ def temporal_codenoise(
     return fuse(predictions(), windows, len(latents))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 2: refinement by collaborative score distillation (CSD), global
 
 
@@ -171,14 +179,17 @@ def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
         k(X, Y) = exp(-|X - Y|^2 / h),   h = median |X_i - X_j|^2 / log(B + 1) over i != j
 
-    x: B x D. Returns K and M, B x B each: sum_j d k(X_j, X_i) / d X_j = (M x)_i, the repulsion of window i.
+    x: B x D. Returns K and M, B x B each: sum_j d k(X_j, X_i) / d X_j = (M x)_i, which repels
+    window i.
 
-    M = 2/h L with the graph Laplacian L = diag(K 1) - K: one matrix product, no B x B x D tensor of differences.
-    [ours] The median leaves out the zeros on the diagonal, which make h = 0 for B = 2 in the CSD code. If h is still 0
-    (B = 1, or identical windows), equal windows have k = 1 and nothing repels: plain score distillation.
+    M = 2/h L with the graph Laplacian L = diag(K 1) - K: one matrix product, no B x B x D tensor of
+    differences. [ours] The median leaves out the zeros on the diagonal, which make h = 0 for B = 2
+    in the CSD code. If h is still 0 (B = 1, or identical windows), equal windows have k = 1 and
+    nothing repels: plain score distillation.
 
-    In high dimension all distances between noised windows are nearly equal. At CogVideoX-2B's size K is 1 on the
-    diagonal and 1/(B + 1) elsewhere, to within 1 %, and the repulsion is at most a thousandth of the gradient.
+    In high dimension all distances between noised windows are nearly equal. At CogVideoX-2B's
+    size K is 1 on the diagonal and 1/(B + 1) elsewhere, to within 1 %, and the repulsion is at
+    most a thousandth of the gradient.
     """
     B = len(x)
     d2 = torch.stack([(x - row).square().sum(1) for row in x])  # B B, exact for near windows too
@@ -194,17 +205,19 @@ def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def csd_gradient(x0: Tensor, noisy: Tensor, predicted: Tensor, level: Level) -> Tensor:
-    """The descent direction that mixes the scores of a minibatch of windows (stage 2; CSD, arXiv 2307.04787).
+    """The descent direction that mixes the scores of a minibatch (stage 2; CSD, arXiv 2307.04787).
 
-        g_i = w(t)/B sum_j [ k(X_j, X_i) (eps_hat_j - eps_j) - d k(X_j, X_i) / d X_j ],   X = alpha x0 + sigma eps
+        g_i = w(t)/B sum_j [ k(X_j, X_i) (eps_hat_j - eps_j) - d k(X_j, X_i) / d X_j ]
+        X = alpha x0 + sigma eps
 
-    x0, noisy (X) and predicted (the model's estimates from X): B x f x C x H x W. Returns g in that shape; x0 - lr g is
-    the update. w(t) = sigma^2 (CSD); a constant factor has no effect under AdamW.
+    x0, noisy (X) and predicted (the model's estimates from X): B x f x C x H x W. Returns g in that
+    shape; x0 - lr g is the update. w(t) = sigma^2 (CSD); under AdamW a constant factor has no
+    effect.
 
-    The sign of the kernel's gradient [ours]: printed versions add it, the authors' CSD code subtracts it, so that with
-    zero scores windows move apart, as SVGD wants. We follow the code.
-    The residual eps_hat - eps equals alpha/sigma (x0 - predicted). A difference of two noises would lose every digit at
-    the high noise levels where this stage lives.
+    The sign of the kernel's gradient [ours]: printed versions add it, the authors' CSD code
+    subtracts it, so that with zero scores windows move apart, as SVGD wants. We follow the code.
+    The residual eps_hat - eps equals alpha/sigma (x0 - predicted). A difference of two noises would
+    lose every digit at the high noise levels where this stage lives.
     """
     B, w = len(x0), level.sigma**2 / len(x0)
     x0, X, predicted = (x.reshape(B, -1) for x in (x0, noisy, predicted))  # B D
@@ -226,20 +239,22 @@ def csd_refine(
     batch: int = 4,
     lr: float = 0.5,
 ) -> Tensor:
-    """Refine x0 of the long video towards global coherence (stage 2, Fig. 5). Returns the new x0, F x C x H x W.
+    """Refine x0 of the long video, F x C x H x W, towards global coherence (stage 2, Fig. 5).
 
-    Each iteration takes a random minibatch of windows, noises them to the *grounded timestep* with their slices of the
-    *fixed baseline noise*, predicts, mixes the scores by `csd_gradient`, fuses the gradients over overlaps, and makes
-    one AdamW step. Windows far apart in time meet in a minibatch: that is what makes the video one.
+    Each iteration takes a random minibatch of windows, noises them to the *grounded timestep* with
+    their slices of the *fixed baseline noise*, predicts, mixes the scores by `csd_gradient`, fuses
+    the gradients over overlaps, and makes one AdamW step. Windows far apart in time meet in a
+    minibatch: that is what makes the video one.
 
-    levels: [the step's own level] grounds the timestep; with several, each iteration draws one of them (ablation).
-    noise: the baseline noise, F x C x H x W; None: new noise in each iteration (ablation). prompts: one per window.
-    Costs iters x min(batch, windows) model evaluations.
+    levels: [the step's own level] grounds the timestep; with several, each iteration draws one of
+    them (ablation). noise: the baseline noise, F x C x H x W; None: new noise in each iteration
+    (ablation). prompts: one per window. Costs iters x min(batch, windows) model evaluations.
 
-    [ours] AdamW starts afresh in each call, with torch's defaults but for the learning rate. Its weight decay, 0.01,
-    shrinks x0 by 10 % in 20 iterations at lr 0.5. Its momentum also moves frames that a minibatch did not touch.
-    [ours] Levels at zero SNR are passed over: X holds no trace of x0 there, and Adam would amplify rounding noise. If
-    no other level is left, x0 comes back unchanged.
+    [ours] AdamW starts afresh in each call, with torch's defaults but for the learning
+    rate. Its weight decay, 0.01, shrinks x0 by 10 % in 20 iterations at lr 0.5. Its
+    momentum also moves frames that a minibatch did not touch. [ours] Levels at zero SNR are
+    passed over: X holds no trace of x0 there, and Adam would amplify rounding noise. If no
+    other level is left, x0 comes back unchanged.
     """
     levels = [level for level in levels if level.alpha > 0]
     if not levels:
@@ -267,21 +282,21 @@ def _randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage 3: back to the sampling trajectory
 
 
 @torch.no_grad()
 def revert(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
-    """Noise x0 to the previous timestep: x_prev = alpha_prev x0 + sigma_prev noise (stage 3, Fig. 5). Any one shape.
+    """x_prev = alpha_prev x0 + sigma_prev noise, in any one shape (stage 3, Fig. 5).
 
-    With the baseline noise of stage 2, sampling continues where the refinement left it; with `implied_noise` this is
-    plain DDIM.
+    With the baseline noise of stage 2, sampling continues where the refinement left it; with
+    `implied_noise` this is plain DDIM.
     """
     return level.alpha * x0 + level.sigma * noise
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method: three stages, coupled at every step
 
 
@@ -323,14 +338,14 @@ ABLATIONS = {  # what to change in Settings for each ablation of Tables 2 and 3 
 
 
 def refine_levels(step: int, levels: Sequence[Level], settings: Settings) -> Sequence[Level]:
-    """The levels that stage 2 may use at a step: its own (grounded, Fig. 7) or all; none when it does not run."""
+    """The levels that stage 2 may use at a step: its own (grounded, Fig. 7), all, or none."""
     if not settings.refine or levels[step].t <= settings.t_min:
         return []
     return levels[step : step + 1] if settings.grounded else levels[:-1]
 
 
 def count_evaluations(levels: Sequence[Level], windows: Sequence[slice], settings: Settings) -> int:
-    """Number of windows that `syncos` sends through the model (guidance doubles what the model itself computes)."""
+    """Number of windows that `syncos` sends to `predict_x0`; guidance doubles the model's work."""
     steps = range(len(levels) - 1)
     refined = sum(any(level.alpha > 0 for level in refine_levels(i, levels, settings)) for i in steps)
     per_refinement = settings.csd_iters * min(settings.csd_batch, len(windows))
@@ -350,14 +365,15 @@ def syncos(
     start: int = 0,
     x0: Tensor | None = None,
 ) -> Tensor:
-    """Sample a long video: the paper's whole method (Fig. 5), one denoising step per turn of the loop.
+    """Sample a long video: the paper's whole method (Fig. 5), a denoising step per iteration.
 
-    latents: the initial noise, F x C x H x W, float32; levels: from `diffusion_levels` or `flow_levels`; windows: from
-    `make_windows`; prompts: one per window; generator: on the CPU, the source of all randomness.
-    callback(step, t, x0, latents) is called after every step with its estimate and its result. To resume a stopped run,
-    pass `latents` and `x0` as the last callback got them, `start` = the number of steps done, and the generator in the
-    state that it then had.
-    Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit together.
+    latents: the initial noise, F x C x H x W, float32; levels: from `diffusion_levels` or
+    `flow_levels`; windows: from `make_windows`; prompts: one per window; generator: on the CPU, the
+    source of all randomness.
+    callback(step, t, x0, latents) is called after every step with its estimate and its result. To
+    resume a stopped run, pass `latents` and `x0` as the last callback got them, `start` = the
+    number of steps done, and the generator in the state that it then had.
+    Returns the clean latents, F x C x H x W. Raises ValueError if arguments do not fit together.
     """
     if len(prompts) != len(windows):
         raise ValueError(f"There are {len(windows)} windows but {len(prompts)} prompts; give one for each window.")
@@ -375,7 +391,8 @@ def syncos(
         if s.codenoise:
             x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts)
 
-        # the noise that couples stages 2 and 3, new at every step and fixed within it; below t_min [ours] DDIM's own
+        # the noise that couples stages 2 and 3, new at every step and fixed within it; below t_min
+        # [ours] DDIM's own
         baseline = s.noise != "implied" and level.t > s.t_min
         noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
 

@@ -1,1 +1,2 @@
-"""Everything that a reader of the paper can skip: other models and methods, long runs, videos, measurements."""
+"""Everything that a reader of the paper can skip: other models and methods,
+long runs, videos, measurements."""

@@ -1,4 +1,5 @@
-"""The methods that the demo and the measurements offer. A new one is a class in a file of its own and a line here."""
+"""The methods that the demo and the measurements offer. A new one is a class in a
+file of its own and a line here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refi
 
 @dataclass(frozen=True)
 class SynCoS:
-    """The paper's method, its ablations, and what else its three stages give. See `extras.baselines.Method`."""
+    """The paper's method, its ablations, and what else its three stages give. See
+    `extras.baselines.Method`."""
 
     settings: Settings
 

@@ -1,4 +1,5 @@
-"""What makes a long run safe: state on disk after every step, resume, several processes, signals, previews."""
+"""What makes a long run safe: state on disk after every step, resume,
+several processes, signals, previews."""
 
 import atexit
 import json
@@ -115,8 +116,8 @@ def sample(
 ) -> dict[str, Tensor]:
     """Latents of each method, F x C x H x W, all from the same initial noise.
 
-    Resumes from `state` and keeps it up to date, on disk too if there is a path; look(method, step, x0) after each
-    step.
+    Resumes from `state` and keeps it up to date, on disk too if there is a path;
+    look(method, step, x0) after each step.
     """
     plan, r = run.plan, run.plan.recipe
     backbone.set_levels(plan.levels)
@@ -151,9 +152,11 @@ def sample(
 
 
 def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) -> None:
-    """A contact sheet of the estimate so far: one frame from the middle of each event, decoded from three latents.
+    """A contact sheet of the estimate so far: one frame from the middle of each
+    event, decoded from three latents.
 
-    If that fails, for lack of memory or at values that are not finite, it says so and the run continues.
+    If that fails, for lack of memory or at values that are not
+    finite, it says so and the run continues.
     """
     picked, rows, c, F = {}, [], run.plan.recipe.frames_per_latent, len(x0)
     for (start, stop), text in zip(run.plan.spans, run.story.local_prompts):
@@ -168,7 +171,8 @@ def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) ->
 
 
 def keep_state(state: State, path: Path) -> str:
-    """Save the state of a run that stops, if there is something to save, and say how to resume it."""
+    """Save the state of a run that stops, if there is something to
+    save, and say how to resume it."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if main_process() and (state.step or state.done):
@@ -182,12 +186,13 @@ def keep_state(state: State, path: Path) -> str:
 
 
 def stopped(error: BaseException, safe: str = "") -> SystemExit:
-    """The end of a run that cannot continue: why, in a sentence, and what is safe on disk. One process speaks."""
+    """The end of a run that cannot continue: why, in a sentence, and what is
+    safe on disk. One process speaks."""
     why = {KeyboardInterrupt: "Stopped.", torch.OutOfMemoryError: OUT_OF_MEMORY}.get(type(error), str(error))
     return SystemExit(f"{why} {safe}".strip() if main_process() else 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several processes, started by torchrun
 
 
@@ -200,7 +205,8 @@ def several_processes() -> bool:
 
 
 def join_processes(device: str | None) -> str | None:
-    """Under torchrun: meet the other processes. Each takes its own GPU; the first alone writes and prints.
+    """Under torchrun: meet the other processes. Each takes its own GPU;
+    the first alone writes and prints.
 
     Returns the device of this process. Raises ValueError if there are not enough GPUs.
     """
@@ -233,6 +239,7 @@ def encode(backbone: Backbone, texts: Sequence[str]) -> None:
 
 
 def leave_processes() -> None:
-    """Destroy the group on all ranks together, before the first decodes alone: NCCL ranks may wait for each other."""
+    """Destroy the group on all ranks together, before the first decodes alone:
+    NCCL ranks may wait for each other."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

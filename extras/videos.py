@@ -1,6 +1,8 @@
-"""Shared by the command line and the measurements: videos, contact sheets, tensors on disk, and checks of arguments.
+"""Shared by the command line and the measurements: videos, contact sheets,
+tensors on disk, and checks of arguments.
 
-Frames are H x W x 3 uint8 arrays, one at a time. Files are written completely or not at all: `replacing`.
+Frames are H x W x 3 uint8 arrays, one at a time. Files are written
+completely or not at all: `replacing`.
 """
 
 import functools
@@ -28,7 +30,7 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checks, before anything heavy is loaded
 
 
@@ -78,15 +80,17 @@ def check_distinct(files: dict[str, Path]) -> None:
             raise ValueError(f"{path} would be both {other} and {what}; give one of them another name.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end. Raises OSError, one sentence that names `path`.
+    """Yield a temporary path that replaces `path` at the end. Raises
+    OSError, one sentence that names `path`.
 
-    Its name is short and contains the process ID, so two runs that write the same file do not collide.
+    Its name is short and contains the process ID, so two runs that
+    write the same file do not collide.
     """
     partial = path.with_name(f".partial-{os.getpid()}{path.suffix}")
     try:
@@ -113,7 +117,8 @@ def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[st
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `write_tensors` wrote. Raises ValueError if the file is missing, damaged or of another kind."""
+    """Read what `write_tensors` wrote. Raises ValueError if the file is
+    missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -147,7 +152,8 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: str = "") -> None:
-    """Write frames as mp4 that plays everywhere, with a comment in its metadata, or as gif or webp. Raises OSError."""
+    """Write frames as mp4 that plays everywhere, with a comment in its metadata, or
+    as gif or webp. Raises OSError."""
     from imageio_ffmpeg import write_frames
 
     first = next(frames)
@@ -188,7 +194,7 @@ def is_whole(path: Path, frames: int) -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Outputs to look at: a story's video and its contact sheet
 
 
@@ -204,7 +210,8 @@ def lacks(font: Any, text: str) -> str:
 
 @functools.cache
 def find_font(letters: str) -> tuple[Any, str]:
-    """File of a font that has these letters (None: Pillow's own), and the letters that no font here has."""
+    """File of a font that has these letters (None: Pillow's own), and
+    the letters that no font here has."""
     from PIL import ImageFont
 
     best = None, lacks(ImageFont.load_default(12), letters)
@@ -279,8 +286,8 @@ def contact_sheet(
 
 
 def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.ndarray:
-    """Strip to put under a frame, rows (an even number) x width x 3: the methods' names below their pictures, if there
-    are several, and `lines` lines of text."""
+    """Strip to put under a frame, rows (an even number) x width x 3: the methods' names below their
+    pictures, if there are several, and `lines` lines of text."""
     from PIL import Image, ImageDraw
 
     size = caption_size(width // len(names))
@@ -316,10 +323,12 @@ def write_story(
     captions: bool = False,
     comment: str = "",
 ) -> None:
-    """Write the video, methods side by side, and its contact sheet, from frames that are consumed one by one.
+    """Write the video, methods side by side, and its contact sheet, from
+    frames that are consumed one by one.
 
-    streams: method -> its `count` frames; events: start and end as fractions of the video, and the prompt. Small
-    frames are enlarged to about 256 rows; captions: add the prompt of the current event. Raises OSError.
+    streams: method -> its `count` frames; events: start and end as fractions of the video,
+    and the prompt. Small frames are enlarged to about 256 rows; captions: add the prompt of
+    the current event. Raises OSError.
     """
     from tqdm import tqdm
 

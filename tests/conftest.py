@@ -35,13 +35,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["none", "model", "sequential"])
 def offload(request, monkeypatch):
-    """With the CPU as the device, which diffusers calls cpu:0; for sequential offload that is not the CPU."""
+    """With the CPU as the device, which diffusers calls cpu:0; for
+    sequential offload that is not the CPU."""
     hook = accelerate.cpu_offload
     monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: hook(model, "cpu", **options))
     return request.param
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CogVideoX and Wan: folders as diffusers' save_pretrained writes them
 
 
@@ -67,7 +68,8 @@ def pipeline_folder(request):
 
 @pytest.fixture
 def base(sincos_folder, tmp_path):
-    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows, 2 events."""
+    """Words that make a small run of the random pipeline: 33 frames, 9
+    latent frames, 3 windows, 2 events."""
     words = f"--backbone cogvideox --model {sincos_folder} --device cpu --num_frames 33 --num_inference_steps 4"
     words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
     return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]
@@ -80,7 +82,7 @@ def wan_folder(tmp_path_factory):
     return str(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Open-Sora Plan: the networks of the golden data
 
 
@@ -120,7 +122,7 @@ def opensora_release(tmp_path, transformer, decoder_state):
     return tmp_path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # VideoCrafter2: one checkpoint of three networks
 
 

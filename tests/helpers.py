@@ -1,4 +1,5 @@
-"""What several test files share: random tensors, exact denoisers, the command line, processes, tiny models."""
+"""What several test files share: random tensors, exact denoisers, the
+command line, processes, tiny models."""
 
 import json
 import os
@@ -57,7 +58,7 @@ def randomize(model, std=0.15, seed=0):
     return model.requires_grad_(False).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noise schedules, and a model whose answers are known in closed form
 
 ABAR = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod  # zero terminal SNR: ABAR[999] = 0
@@ -71,7 +72,8 @@ def make_flow(steps=20, shift=3.0):
 
 
 class Gaussian:
-    """Exact denoiser for latents ~ N(float(prompt), std^2): E[x0 | x_t] in closed form. Counts the windows it sees."""
+    """Exact denoiser for latents ~ N(float(prompt), std^2): E[x0 | x_t] in closed
+    form. Counts the windows it sees."""
 
     def __init__(self, levels, std=0.5):
         self.at = {level.t: level for level in levels}
@@ -87,7 +89,7 @@ class Gaussian:
         return self.denoise(latents, t, torch.tensor([float(p) for p in prompts]).view(-1, 1, 1, 1, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -135,7 +137,7 @@ def run_processes(work, world: int, folder) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tiny pipelines
 
 WORDS = "a red fox it runs jumps sleeps and looks around .".split()
@@ -195,7 +197,7 @@ def make_wan() -> WanPipeline:
     return pipe
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Golden data: inputs, weights and outputs of the official code (tests/data)
 
 
@@ -218,14 +220,15 @@ def golden(name):
 
 
 def make_golden(kind, name, prefix="sd.", config="config"):
-    """A model of a class of extras/ports with the configuration and the weights of a golden file."""
+    """A model of a class of extras/ports with the configuration
+    and the weights of a golden file."""
     tensors, metadata = golden(name)
     model = kind.from_config(metadata[config])
     model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     return model.requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # VideoCrafter2's text encoder and VAE, tiny, by their official names
 
 TINY_RELEASE = dict(

@@ -38,7 +38,8 @@ def test_equals_one_refinement_of_noise(settings):
 
 
 def test_one_optimizer_throughout():
-    """Not the same as with a new one after half of the iterations: that is what SynCoS's stage 2 does."""
+    """Not the same as with a new one after half of the iterations:
+    that is what SynCoS's stage 2 does."""
     generator = rng(1)
     x = randn(13, 2, 3, 3)
     for _ in range(2):
@@ -72,7 +73,8 @@ def test_as_many_evaluations_as_syncos():
 
 
 def test_demo(base, tmp_path, capsys):
-    """4 steps x 3 windows + 2 refined steps x 2 x 3 = 24 evaluations of SynCoS: 8 iterations of 3 windows."""
+    """4 steps x 3 windows + 2 refined steps x 2 x 3 = 24 evaluations of
+    SynCoS: 8 iterations of 3 windows."""
     call(*base, "--compare", "csd", "gen-l-video", "--save_latents")
     captured = capsys.readouterr()
     assert "csd: 24 model evaluations (windows); 8 iterations of 3 windows, learning rate 0.2" in captured.out

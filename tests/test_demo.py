@@ -28,7 +28,7 @@ from syncos import ABLATIONS
 ROOT = Path(__file__).parents[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Before a model is loaded: help, plans, refusals
 
 HELP = """
@@ -137,7 +137,7 @@ def test_a_machine_without_a_gpu(base, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a run writes
 
 
@@ -215,7 +215,8 @@ def test_ablations_run(base, tmp_path, capsys):
 
 
 def test_any_folder_a_read_only_checkout_and_a_reader_who_leaves(tmp_path):
-    """The defaults, shortened, in a new process with a copy of the program: `python /elsewhere/demo.py | head -1`."""
+    """The defaults, shortened, in a new process with a copy of the program: `python
+    /elsewhere/demo.py | head -1`."""
     copy, here = tmp_path / "checkout", tmp_path / "here"
     leave_out = shutil.ignore_patterns(".*", "__pycache__", "tests", "measure", "*.ipynb")
     shutil.copytree(ROOT, copy, ignore=leave_out)
@@ -236,7 +237,7 @@ def test_any_folder_a_read_only_checkout_and_a_reader_who_leaves(tmp_path):
     assert files == {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What can go wrong while it writes
 
 

@@ -23,8 +23,8 @@ WINDOWS = S.make_windows(49, 13, 4)
 
 
 class Gaussian:
-    """The posterior mean of frames that are N(prompt, 0.5^2). `mix`: how much a frame sees of its window's mean, and a
-    target of its source's."""
+    """The posterior mean of frames that are N(prompt, 0.5^2). `mix`: how much a frame sees of its
+    window's mean, and a target of its source's."""
 
     def __init__(self, levels, mix=0.0):
         self.at, self.mix, self.calls = {level.t: level for level in levels}, mix, 0
@@ -61,7 +61,8 @@ def run(model, levels, windows=WINDOWS, texts=None, callback=None, generator=Non
 
 
 def naive(model, levels, windows, texts, sde):
-    """The authors' loops: all pairs in all steps, weighted sums frame by frame, the solver in their symbols."""
+    """The authors' loops: all pairs in all steps, weighted sums frame by
+    frame, the solver in their symbols."""
     F, f, generator, last, h_last = windows[-1].stop, windows[0].stop, rng(1), None, None
     x = randn(F, *SHAPE[1:])
     for (t, a, s), (_, a2, s2) in zip(levels, levels[1:]):
@@ -90,7 +91,7 @@ def naive(model, levels, windows, texts, sde):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method
 
 
@@ -118,8 +119,9 @@ def test_a_model_that_always_says_the_same(sde):
 
 
 def test_weights_by_hand():
-    """Windows that say their number. Frame 4 is place 4 of window 0, weight 9/13, and place 0 of window 1, weight 1/13,
-    which counts twice, like all but the first and the last; frame 12 lies in windows 0 to 3, frame 44 in 8 and 9."""
+    """Windows that say their number. Frame 4 is place 4 of window 0, weight 9/13, and place 0 of
+    window 1, weight 1/13, which counts twice, like all but the first and the last; frame 12 lies in
+    windows 0 to 3, frame 44 in 8 and 9."""
     said = torch.arange(10.0).view(10, 1, 1, 1, 1).expand(10, 13, 1, 1, 1)
     got = blend(said, WINDOWS, [1] + [2] * 8 + [1], 49).flatten()
     assert got[0] == 0 and got[48] == 9
@@ -129,7 +131,8 @@ def test_weights_by_hand():
 
 
 def test_the_sde_solver_samples_a_gaussian():
-    """Standard deviation 0.5 in the limit of small steps; DDIM's result with as many steps is further away."""
+    """Standard deviation 0.5 in the limit of small steps; DDIM's result
+    with as many steps is further away."""
     levels, windows = LEVELS[50], S.make_windows(97, 13, 4)
     deviations = {sde: run(Gaussian(levels), levels, windows, sde=sde).std().item() for sde in (False, True)}
     assert deviations[False] < deviations[True] < 0.5 and deviations[True] == pytest.approx(0.457, abs=0.02)
@@ -165,7 +168,7 @@ def test_texts_glide():
     assert maxdiff(half, (a + b) / 2) < 1e-6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Keys and values, in the network
 
 
@@ -187,7 +190,8 @@ X, PROMPTS = randn(4, 5, 4, 2, 4), ["it runs", "it jumps", "it sleeps", "it runs
 
 
 class SharedProcessor(CogVideoXAttnProcessor2_0):
-    """diffusers' processor, with keys and values of odd rows replaced after the norm and the rotation."""
+    """diffusers' processor, with keys and values of odd rows replaced
+    after the norm and the rotation."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         L = encoder_hidden_states.shape[1]
@@ -282,7 +286,7 @@ def test_batches_and_processes_keep_pairs_together(backbone, pipeline_folder, tm
     assert run_processes(work, 2, tmp_path) == [0, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Plans and the command line
 
 

@@ -1,4 +1,5 @@
-"""FIFO-Diffusion against a naive transcription and closed forms; models that take a timestep per frame."""
+"""FIFO-Diffusion against a naive transcription and closed forms; models
+that take a timestep per frame."""
 
 import math
 from types import SimpleNamespace
@@ -55,7 +56,8 @@ def run(denoiser, levels, frames=9, size=4, prompts=None, callback=None, **setti
 
 
 def naive(denoiser, levels, frames, size, prompts, lookahead, eta, one_prompt):
-    """The algorithm with lists of (frame, step): each window's frames are taken and put back one by one."""
+    """The algorithm with lists of (frame, step): each window's frames
+    are taken and put back one by one."""
     steps, generator = len(levels) - 1, rng(1)
     x = randn(frames, 2, 3, 3)[:size]
     for step in range(steps):
@@ -105,7 +107,7 @@ def naive(denoiser, levels, frames, size, prompts, lookahead, eta, one_prompt):
     return torch.stack(left[steps - size :])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The queue
 
 
@@ -128,7 +130,8 @@ def test_the_queue_is_the_naive_one(lookahead, schedule, size, eta, one_prompt):
 
 @LOOKAHEAD
 def test_a_frame_by_itself_is_ddim(lookahead):
-    """With a denoiser of single frames, each frame after the base clip is DDIM from the noise that entered for it."""
+    """With a denoiser of single frames, each frame after the base clip is DDIM
+    from the noise that entered for it."""
     queues = []
     look = lambda *args: queues.append(args[3])  # noqa: E731
     x = run(Frames(LEVELS), LEVELS, frames=20, callback=look, lookahead=lookahead, eta=0.0)
@@ -180,7 +183,8 @@ def test_windows_cover_the_queue_behind_their_context(lookahead):
 
 
 def test_costs():
-    """CogVideoX's 49 latent frames, by hand: the base clip and (steps - 13 + 49) turns of 3 to 5 windows, or twice."""
+    """CogVideoX's 49 latent frames, by hand: the base clip and (steps - 13 + 49)
+    turns of 3 to 5 windows, or twice."""
     for steps, with_, without in [(50, 738, 394), (52, 756, 404), (39, 489, 264), (65, 1075, 570)]:
         turns = count_turns(steps, 13, 49)
         assert count_evaluations(steps, 13, turns, Fifo()) == with_
@@ -189,7 +193,8 @@ def test_costs():
 
 @LOOKAHEAD
 def test_a_stopped_run_resumes(lookahead):
-    """From any turn's callback, bit for bit. The callback's tensors and the arguments stay as they are."""
+    """From any turn's callback, bit for bit. The callback's tensors and
+    the arguments stay as they are."""
     settings, prompts, noise = Fifo(lookahead, eta=1.0), [str(0.1 * k) for k in range(9)], randn(9, 2, 3, 3)
     args, kept = (LEVELS, 4, prompts, settings), []
     generator = rng(1)
@@ -219,12 +224,13 @@ def test_what_does_not_fit_is_refused():
         Fifo(eta=1.5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A timestep per frame: the models, with random weights
 
 
 def test_every_frame_is_converted_at_its_own_level():
-    """From the network's output to x0, for each kind of prediction and bit for bit; t alone is the plain predict_x0."""
+    """From the network's output to x0, for each kind of prediction and bit for bit;
+    t alone is the plain predict_x0."""
     t = torch.tensor([[999, 916, 833], [3, 86, 916]], dtype=torch.float64)
     output, x, at = randn(2, 3, 4, 2, 2, seed=1), randn(2, 3, 4, 2, 2, seed=2), {level.t: level for level in LEVELS}
     calls, plain = [], lambda *args: "plain"
@@ -286,7 +292,8 @@ def test_a_frame_alone_is_the_model_at_its_timestep(model):
 
 
 def test_one_timestep_or_one_per_window_or_one_per_frame(model):
-    """Equal ones give the same; a frame's own moves its own output most, and other windows not at all."""
+    """Equal ones give the same; a frame's own moves its own output
+    most, and other windows not at all."""
     plain = model(T[1:, 2])
     assert torch.equal(model(T[1:, 2].repeat(2)), plain) and near(model(T[1:, 2].expand(2, 5)), plain)
     out = model(T)
@@ -298,7 +305,8 @@ def test_one_timestep_or_one_per_window_or_one_per_frame(model):
 
 
 def test_a_cogvideox_norm_by_hand(sincos_folder):
-    """Each frame's tokens by the shift, scale and gate of its own timestep, the text's by the middle frame's."""
+    """Each frame's tokens by the shift, scale and gate of its own timestep,
+    the text's by the middle frame's."""
     backbone = load(CogVideoX, sincos_folder)
     block = backbone.pipe.transformer.transformer_blocks[1]
     video, text, temb = randn(2, 15, 32), randn(2, 3, 32, seed=1), randn(2, 5, 8, seed=2)
@@ -355,12 +363,13 @@ def test_a_run_stays_on_the_device(rotary_folder):
     assert devices == {"meta"} and x.shape == (6, 4, 2, 4) and x.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
 def test_demo_end_to_end(base, tmp_path, capsys, monkeypatch):
-    """Beside another method, with previews and a trace; a run that stops in a turn resumes bit for bit."""
+    """Beside another method, with previews and a trace; a run that
+    stops in a turn resumes bit for bit."""
     words = [*base, "--num_frames", 25, "--num_inference_steps", 6, "--save_latents", "--preview", 7]
     words += ["--compare", "fifo", "gen-l-video"]
     call(*words, "--trace", tmp_path / "trace.safetensors")

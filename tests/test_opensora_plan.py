@@ -1,4 +1,5 @@
-"""The port of Open-Sora Plan v1.3 against the official code's outputs (tests/data, random weights), and its loading."""
+"""The port of Open-Sora Plan v1.3 against the official code's outputs
+(tests/data, random weights), and its loading."""
 
 import json
 
@@ -45,7 +46,7 @@ def keep_outputs(modules):
     return kept
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The transformer
 
 
@@ -91,7 +92,7 @@ def test_timesteps_and_angles_stay_float32(transformer):
     assert maxdiff(out.float(), DIT["a.output"]) < 0.1 * DIT["a.output"].abs().max()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The decoder
 
 
@@ -128,14 +129,15 @@ def test_pieces_equal_one_go(decoder, frames):
 
 
 def test_pieces_under_offload_hooks(decoder):
-    """accelerate's hooks copy what goes into a module; what is kept between pieces must survive that."""
+    """accelerate's hooks copy what goes into a module; what is kept
+    between pieces must survive that."""
     hooked = make_golden(WFVAEDecoder, "vae_tiny", "sd.decoder.")
     cpu_offload(hooked, execution_device="cpu")
     z = randn(1, 8, 5, 2, 3)
     assert maxdiff(torch.cat(list(hooked.decode(z, 1)), 2), torch.cat(list(decoder.decode(z, 5)), 2)) < 2e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -179,7 +181,7 @@ def test_what_does_not_fit_is_refused(opensora_release, tmp_path, decoder_state)
         get_recipe("opensora-plan", str(tmp_path / "nothing"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The adapter
 
 
@@ -199,7 +201,8 @@ def test_prompts_carry_the_template_and_a_mask(opensora_release, monkeypatch):
 
 
 def test_a_text_encoder_in_a_bin_file_is_mapped_and_not_read(opensora_release, monkeypatch):
-    """The released file has 51.7 GB, decoder included; only the encoder is read, in its own precision."""
+    """The released file has 51.7 GB, decoder included; only the
+    encoder is read, in its own precision."""
     folder = opensora_release / "mt5-xxl"
     (weights,) = folder.glob("*.safetensors")
     torch.save(load_file(weights), folder / "pytorch_model.bin")

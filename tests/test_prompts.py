@@ -25,7 +25,8 @@ def test_event_prompts_put_global_and_local_together():
 
 
 def test_files(tmp_path):
-    """A round trip; what editors leave: a byte order mark, Windows' line ends, lines within a prompt; none at all."""
+    """A round trip; what editors leave: a byte order mark, Windows' line ends,
+    lines within a prompt; none at all."""
     path, story = tmp_path / "story.json", P.Story("A café.", ("Ein Bär läuft.", "b"))
     path.write_text(P.to_json(story), encoding="utf-8")
     assert P.load_story(path) == story
@@ -91,7 +92,8 @@ def test_scenarios_cover_the_papers_kinds():
 
 
 def ask(answers, tmp_path) -> list:
-    """Run the program with an OpenAI-compatible chat server that answers so. Returns the requests that it got."""
+    """Run the program with an OpenAI-compatible chat server that answers so.
+    Returns the requests that it got."""
     answers, requests = list(answers), []
 
     class Handler(BaseHTTPRequestHandler):

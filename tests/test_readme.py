@@ -37,7 +37,8 @@ def test_every_link_leads_somewhere():
 
 
 def test_the_snippet_runs_and_is_the_backbone(tmp_path, monkeypatch):
-    """As it stands, but a small random model answers to the released one's name: what the adapter gives."""
+    """As it stands, but a small random model answers to the released
+    one's name: what the adapter gives."""
     pipe = make_pipeline(rotary=False)
     small = dict(pipe.transformer.config, sample_frames=49, num_attention_heads=1, num_layers=1)
     pipe.register_modules(transformer=randomize(CogVideoXTransformer3DModel.from_config(small)))

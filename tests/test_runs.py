@@ -35,7 +35,8 @@ def prepared(base):
 
 
 def fork(work, errors: Path) -> int:
-    """`work()` in a process of its own that ends as a program does, its stderr in a file. Returns its number."""
+    """`work()` in a process of its own that ends as a program does, its
+    stderr in a file. Returns its number."""
     if pid := os.fork():
         return pid
     try:
@@ -64,7 +65,7 @@ def wait_for(path: Path) -> None:
     pytest.fail(f"no {path} after a minute")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kills and signals
 
 
@@ -183,7 +184,7 @@ def test_preview_is_a_picture_of_each_event(base, tmp_path, monkeypatch):
     assert previews[0][2] == [([8], "it runs"), ([24], "it jumps")] and (tmp_path / "video.preview.png").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several processes
 
 

@@ -1,4 +1,5 @@
-"""What a first run with real weights meets, by kind: damaged files, long names, values that are not finite, ..."""
+"""What a first run with real weights meets, by kind: damaged files, long names,
+values that are not finite, ..."""
 
 import json
 import os
@@ -53,13 +54,14 @@ def filled(state, key, value):
     return state
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Names
 
 
 @pytest.mark.parametrize("name, fits", [("狐" * 75, True), ("狐" * 84, False), ("a" * 240, False), ("a" * 300, False)])
 def test_every_name_that_a_run_may_write_fits_or_is_refused(words, tmp_path, capsys, name, fits):
-    """Names are counted in bytes; the longest is the video's with .undecoded.safetensors or .state.safetensors."""
+    """Names are counted in bytes; the longest is the video's with
+    .undecoded.safetensors or .state.safetensors."""
     words = [*words, "--output_path", str(tmp_path / "out" / f"{name}.mp4")]
     if fits:
         call(*words, "--state", tmp_path / "out" / f"{'b' * 240}.safetensors")
@@ -76,7 +78,7 @@ def test_places_where_nothing_can_be_written(words, tmp_path, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Values that are not finite
 
 
@@ -127,7 +129,7 @@ def test_the_check_costs_one_synchronisation_per_step(monkeypatch, words):
     assert len(seen) == 4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -167,7 +169,7 @@ def test_every_backbone_does_so(name, wan_folder, sincos_folder, tmp_path, reque
         backbone.encode([text + "runs", text + "jumps"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Damaged and foreign models
 
 T5, T5_KEY = "text_encoder/model.safetensors", "encoder.final_layer_norm.weight"
@@ -253,7 +255,7 @@ def test_an_image_to_video_model_is_refused_by_its_channels(words, model, wan_fo
         Wan(str(wan))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The GPU path, as far as it shows without one
 
 
@@ -313,7 +315,7 @@ def test_the_plan_predicts_the_time_where_figures_exist(capsys):
     assert "predicted" not in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Videos and letters
 
 

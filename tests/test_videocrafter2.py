@@ -1,4 +1,5 @@
-"""VideoCrafter2 against the official code's outputs (tests/data, random weights), and its loading."""
+"""VideoCrafter2 against the official code's outputs
+(tests/data, random weights), and its loading."""
 
 import imageio.v3 as iio
 import numpy as np
@@ -15,7 +16,7 @@ from syncos import GEN_L_VIDEO, Level, Settings, syncos, to_x0
 GOLDEN = golden("vc2_tiny")[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The three networks
 
 
@@ -82,12 +83,13 @@ def test_predict_x0_is_the_official_networks(videocrafter2_release):
     assert maxdiff(x0, ((x - 0.7 * eps) / 0.6).transpose(1, 2)) < 2e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The schedule
 
 
 def test_the_schedule_is_the_official_ddim():
-    """The official sampler's timesteps, levels and, with eps = tanh(0.8 x + t / 1000), its sample."""
+    """The official sampler's timesteps, levels and, with
+    eps = tanh(0.8 x + t / 1000), its sample."""
     levels = VideoCrafter2.make_levels(VIDEOCRAFTER2.scheduler, 50)
     assert [level.t for level in levels] == [*GOLDEN["ddim.timesteps"].tolist(), -1]
     assert maxdiff(torch.tensor([level.alpha for level in levels]), GOLDEN["ddim.alpha"]) < 1e-6
@@ -113,7 +115,7 @@ def test_t_min_and_sizes():
         VideoCrafter2("model", tiling=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 

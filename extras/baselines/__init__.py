@@ -1,4 +1,5 @@
-"""Baselines of the paper, one per file, each readable beside its own paper; here, what every method gets and gives."""
+"""Baselines of the paper, one per file, each readable beside its own paper; here,
+what every method gets and gives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ Callback = Callable[[int, float, Tensor, Tensor], None]  # as in syncos.syncos
 
 @dataclass(frozen=True)
 class Plan:
-    """A long video to sample, the same for every method. Raises ValueError if events or scheduler do not fit."""
+    """A long video to sample, the same for every method. Raises ValueError if
+    events or scheduler do not fit."""
 
     recipe: Recipe
     texts: tuple[str, ...]  # the whole prompt of each event, in time order
@@ -50,10 +52,12 @@ class Plan:
 
 
 class Method(Protocol):
-    """A way to sample a plan; a frozen dataclass of its settings. `extras.methods.METHODS` lists them."""
+    """A way to sample a plan; a frozen dataclass of its settings.
+    `extras.methods.METHODS` lists them."""
 
     def check(self, plan: Plan) -> None:
-        """Raises ValueError, one sentence, if the backbone or the length is not one that the method can sample."""
+        """Raises ValueError, one sentence, if the backbone or the length is not
+        one that the method can sample."""
 
     def steps(self, plan: Plan) -> int:
         """Number of steps of a run, as its callback counts them."""
@@ -77,7 +81,8 @@ class Method(Protocol):
     ) -> Tensor:
         """Sample the clean latents, F x C x H x W, from the initial noise of that shape.
 
-        backbone: loaded, its texts encoded, its levels made. callback: as in `syncos.syncos`; a stopped run resumes
-        from the `latents` and `x0` of its last call (in a shape of the method's own), `start` steps done, and the
-        generator's state. done(n) is called after every n windows that the model evaluated.
+        backbone: loaded, its texts encoded, its levels made. callback: as in `syncos.syncos`; a
+        stopped run resumes from the `latents` and `x0` of its last call (in a shape of the
+        method's own), `start` steps done, and the generator's state. done(n) is called after every
+        n windows that the model evaluated.
         """

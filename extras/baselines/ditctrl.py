@@ -1,15 +1,18 @@
-"""DiTCtrl: Tuning-Free Multi-Prompt Longer Video Generation (arXiv 2412.18597), a baseline of the paper.
+"""DiTCtrl: Tuning-Free Multi-Prompt Longer Video Generation
+(arXiv 2412.18597), a baseline of the paper.
 
-Each step denoises all windows of the long latent and averages their clean estimates, as Gen-L-Video does. Two things
-are added. Between two events lie windows whose text glides from one prompt to the next, and windows are averaged with
-triangular weights (latent blending). And windows are denoised in pairs of neighbours, source and target: in the last
-blocks of the network, in some steps, the target attends to the keys and values of the source instead of its own.
+Each step denoises all windows of the long latent and averages their clean estimates, as Gen-L-Video
+does. Two things are added. Between two events lie windows whose text glides from one prompt to the
+next, and windows are averaged with triangular weights (latent blending). And windows are denoised
+in pairs of neighbours, source and target: in the last blocks of the network, in some steps, the
+target attends to the keys and values of the source instead of its own.
 
-Written from the authors' code (github.com/TencentARC/DiTCtrl); [ours] marks what is not from there. The model must
-have one attention over text and video tokens. Left out: masks that share foreground and background separately, which
-are off by default in the code and have no effect in the authors' own ablation (consistency .849 with and without).
-Left out as well: "dynamic" guidance, whose code takes the timestep for the step's index and so jumps between 1 and 7.
-Guidance is constant here, as for all other methods. [ours]
+Written from the authors' code (github.com/TencentARC/DiTCtrl); [ours] marks what is not from there.
+The model must have one attention over text and video tokens. Left out: masks that share foreground
+and background separately, which are off by default in the code and have no effect in the authors'
+own ablation (consistency .849 with and without). Left out as well: "dynamic" guidance, whose code
+takes the timestep for the step's index and so jumps between 1 and 7. Guidance is constant here, as
+for all other methods. [ours]
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,8 +33,9 @@ from syncos import Level, PredictX0
 class DiTCtrl:
     """The settings, and the method as `extras.baselines.Method` has it.
 
-    The windows are the plan's. CogVideoX's 13 latent frames at stride 4 overlap by 9; with 2 transitions this is the
-    default of the authors' code. Their paper has an overlap of 6 (stride 7) and 1 transition.
+    The windows are the plan's. CogVideoX's 13 latent frames at stride 4 overlap by 9;
+    with 2 transitions this is the default of the authors' code. Their paper has an
+    overlap of 6 (stride 7) and 1 transition.
     """
 
     transitions: int = 2  # windows with mixed texts between two events
@@ -77,12 +81,13 @@ class DiTCtrl:
             return ditctrl(predict_x0, predict_pairs, latents, *rest)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method
 
 
 def blend(parts: Tensor, windows: Sequence[slice], counts: Sequence[int], frames: int) -> Tensor:
-    """Average windows where they overlap, weighted by a triangle: 1/f, 3/f, ..., 1, ..., 3/f, 1/f for odd f.
+    """Average windows where they overlap, weighted by a triangle: 1/f,
+    3/f, ..., 1, ..., 3/f, 1/f for odd f.
 
     parts: N x f x C x H x W, one per window; counts: how often each counts. Returns F x C x H x W.
     """
@@ -93,10 +98,11 @@ def blend(parts: Tensor, windows: Sequence[slice], counts: Sequence[int], frames
 
 
 def sde_step(x: Tensor, x0: Tensor, last: Tensor | None, levels: Sequence[Level], step: int, noise: Tensor) -> Tensor:
-    """A step of SDE-DPM-Solver++(2M) (arXiv 2211.01095), from levels[step] to the next. Tensors of one shape.
+    """A step of SDE-DPM-Solver++(2M) (arXiv 2211.01095), from levels[step]
+    to the next. Tensors of one shape.
 
-    last: the previous step's x0; noise: N(0, I). With lambda = log(alpha / sigma), h is the step in lambda. Steps from
-    and to infinite lambda, pure noise and clean, are of first order.
+    last: the previous step's x0; noise: N(0, I). With lambda = log(alpha / sigma), h is the step in
+    lambda. Steps from and to infinite lambda, pure noise and clean, are of first order.
     """
     before, level, after = levels[max(step - 1, 0)], levels[step], levels[step + 1]
     decay = level.alpha * after.sigma / (after.alpha * level.sigma)  # e^-h
@@ -123,10 +129,12 @@ def ditctrl(
 ) -> Tensor:
     """Sample a long video; one denoising step per turn of the loop.
 
-    predict_x0: as in syncos.py; predict_pairs: the same for source and target in turn, where each target uses its
-    source's keys and values; latents: the initial noise, F x C x H x W, float32; texts: one per window, mixed ones too;
-    generator: on the CPU, for the SDE. callback, start, x0: as for `syncos.syncos`.
-    Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit together.
+    predict_x0: as in syncos.py; predict_pairs: the same for source and target in turn, where each
+    target uses its source's keys and values; latents: the initial noise, F x C x H x W, float32;
+    texts: one per window, mixed ones too; generator: on the CPU, for the SDE. callback, start, x0:
+    as for `syncos.syncos`.
+    Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit
+    together.
     """
     if len(texts) != len(windows) or len(windows) < 2:
         raise ValueError(f"There are {len(windows)} windows and {len(texts)} texts; give one for each, at least two.")
@@ -136,8 +144,9 @@ def ditctrl(
     for step in range(start, len(levels) - 1):
         level, last = levels[step], x0
 
-        # all windows. Inner ones count twice: once as the target of the one before, once as the source of the next. The
-        # source keeps its own keys and values; without sharing the two are the same, so one evaluation will do [ours]
+        # all windows. Inner ones count twice: once as the target of the one before, once as the
+        # source of the next. The source keeps its own keys and values; without sharing the two are
+        # the same, so one evaluation will do [ours]
         shared = settings.shares(level)
         picked, counts = (pairs, [1] * len(pairs)) if shared else (every, [pairs.count(k) for k in every])
         noisy = torch.stack([x[windows[k]] for k in picked])  # N f C H W
@@ -155,13 +164,13 @@ def ditctrl(
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What touches the network
 
 
 def mix_texts(backbone: Backbone, texts: Sequence[str], transitions: int) -> list[str]:
-    """The text of each window: each event's prompt, and between two of them mixtures of their encodings, token by
-    token, which `backbone.texts` then has."""
+    """The text of each window: each event's prompt, and between two of them mixtures of their
+    encodings, token by token, which `backbone.texts` then has."""
     keys, n = [], transitions + 1
     for a, b in zip(texts, texts[1:]):
         keys.append(a)
@@ -176,9 +185,10 @@ def mix_texts(backbone: Backbone, texts: Sequence[str], transitions: int) -> lis
 def pair_predictor(backbone: Backbone, depth: float) -> Iterator[PredictX0]:
     """Within this context: `predict_x0` for windows in pairs, source and target in turn.
 
-    In the last blocks the target takes all keys and values of its source, of text and video tokens alike, in both
-    halves of guidance: each odd row of the batch takes those of the row before. They are replaced as they leave their
-    projections; the norm and the rotation that follow treat all rows alike.
+    In the last blocks the target takes all keys and values of its source, of text and
+    video tokens alike, in both halves of guidance: each odd row of the batch takes those
+    of the row before. They are replaced as they leave their projections; the norm and the
+    rotation that follow treat all rows alike.
     """
     transformer, sharing = backbone.pipe.transformer, False
 

@@ -1,14 +1,16 @@
-"""FIFO-Diffusion: Generating Infinite Videos from Text without Training (arXiv 2405.11473), a baseline of the paper.
+"""FIFO-Diffusion: Generating Infinite Videos from Text without Training
+(arXiv 2405.11473), a baseline of the paper.
 
-A queue holds one latent frame at each noise level, in time order: almost clean at its head, pure noise at its tail. In
-each turn every frame is denoised by one step (diagonal denoising). The head is then clean and leaves, the others move
-up, and new noise enters at the tail. The queue is longer than the model's window, so several windows lie over it, none
-of which spans all levels (latent partitioning). With lookahead they overlap by half, and only the noisier half of each
-counts: those frames were denoised with cleaner ones before them. At the head these are frames that have left already,
-the context.
+A queue holds one latent frame at each noise level, in time order: almost clean at its head, pure
+noise at its tail. In each turn every frame is denoised by one step (diagonal denoising). The head
+is then clean and leaves, the others move up, and new noise enters at the tail. The queue is
+longer than the model's window, so several windows lie over it, none of which spans all levels
+(latent partitioning). With lookahead they overlap by half, and only the noisier half of each
+counts: those frames were denoised with cleaner ones before them. At the head these are frames
+that have left already, the context.
 
-Written from the authors' code (github.com/jjihwan/FIFO-Diffusion_public); [ours] marks what is not from there. The
-model must take a timestep per frame.
+Written from the authors' code (github.com/jjihwan/FIFO-Diffusion_public); [ours] marks what is not
+from there. The model must take a timestep per frame.
 
     step     of the noise schedule, one per position in the queue; turn: one move of the whole queue
     position in the queue with its context: 0, 1, ..., context + S - 1
@@ -63,19 +65,21 @@ class Fifo:
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method
 
 
 def stack_levels(levels: Sequence[Level], device: torch.device) -> Level:
-    """The levels of F frames as one that broadcasts. t: F, float64, on the CPU; alpha and sigma: F x 1 x 1 x 1."""
+    """The levels of F frames as one that broadcasts. t: F, float64, on the CPU;
+    alpha and sigma: F x 1 x 1 x 1."""
     t, alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(-1)
     return Level(t, *(x[:, None, None, None].float().to(device) for x in (alpha, sigma)))
 
 
 def queue_windows(steps: int, size: int, settings: Fifo) -> tuple[int, list[slice]]:
-    """The number of context frames, and the windows over context and queue; without their first `context` frames they
-    cover the queue. [ours, for any number of steps and odd sizes; where they still overlap they are averaged]
+    """The number of context frames, and the windows over context and queue; without their first
+    `context` frames they cover the queue. [ours, for any number of steps and odd sizes; where they
+    still overlap they are averaged]
 
     Raises ValueError if the queue is shorter than a window.
     """
@@ -88,7 +92,8 @@ def queue_windows(steps: int, size: int, settings: Fifo) -> tuple[int, list[slic
 
 
 def count_turns(steps: int, size: int, frames: int) -> int:
-    """Number of turns in a run. The first `steps - size` only flush copies of the base clip's first frame."""
+    """Number of turns in a run. The first `steps - size` only flush copies
+    of the base clip's first frame."""
     return steps - size + frames
 
 
@@ -99,7 +104,8 @@ def count_evaluations(steps: int, size: int, turns: int, settings: Fifo) -> int:
 
 
 def renew(noise: Tensor, fresh: Tensor, now: Level, after: Level, eta: float) -> Tensor:
-    """DDIM's noise for a step from `now` to `after`, Eq. 12 and 16 of the DDIM paper: a part of it is fresh."""
+    """DDIM's noise for a step from `now` to `after`, Eq. 12 and 16 of the
+    DDIM paper: a part of it is fresh."""
     share = eta * (1 - (now.alpha * after.sigma / (after.alpha * now.sigma)) ** 2).sqrt()  # F 1 1 1
     return (1 - share**2).sqrt() * noise + share * fresh
 
@@ -119,13 +125,15 @@ def fifo(
 ) -> Tensor:
     """Sample a long video frame by frame, after a base clip by plain DDIM that fills the queue.
 
-    predict_x0: as in syncos.py, but it also takes timesteps B x f, see `frame_predictor`; latents: the initial noise, F
-    x C x H x W, float32, whose first window becomes the base clip; size: a window's frames f; prompts: one per frame, F
-    of them; generator: on the CPU, the source of all other randomness.
-    callback(turn, t, x0, latents) is called after every turn, with the timestep of the frame that leaves, the video as
-    far as it is known (frames that left and estimates of those in the queue, else 0) and the queue. To resume a stopped
-    run, pass these as for `syncos.syncos`.
-    Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit together.
+    predict_x0: as in syncos.py, but it also takes timesteps B x f, see `frame_predictor`; latents:
+    the initial noise, F x C x H x W, float32, whose first window becomes the base clip; size: a
+    window's frames f; prompts: one per frame, F of them; generator: on the CPU, the source of all
+    other randomness.
+    callback(turn, t, x0, latents) is called after every turn, with the timestep of the frame that
+    leaves, the video as far as it is known (frames that left and estimates of those in the queue,
+    else 0) and the queue. To resume a stopped run, pass these as for `syncos.syncos`.
+    Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit
+    together.
     """
     if start == 0 and len(latents) != len(prompts):
         raise ValueError(f"There are {len(latents)} latent frames but {len(prompts)} prompts; give one for each frame.")
@@ -172,7 +180,7 @@ def fifo(
     return x0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A timestep per frame
 
 
@@ -193,10 +201,12 @@ def frame_predictor(backbone: Backbone) -> Callable[[Tensor, float | Tensor, lis
 
 @contextmanager
 def frame_norms(backbone: Backbone) -> Iterator[None]:
-    """Within this context CogVideoX takes a timestep per frame, B f of them; diffusers' transformer has one per clip.
+    """Within this context CogVideoX takes a timestep per frame, B f of them;
+    diffusers' transformer has one per clip.
 
-    Its embedded timesteps go to three kinds of norms and nowhere else. Those get the embeddings of all frames, B f x D
-    instead of B x D, and treat each frame's tokens as a sample of their own. With B x D they do what they always did.
+    Its embedded timesteps go to three kinds of norms and nowhere else. Those get the embeddings of
+    all frames, B f x D instead of B x D, and treat each frame's tokens as a sample of their own.
+    With B x D they do what they always did.
     """
     if not isinstance(backbone, CogVideoX):
         yield
@@ -205,7 +215,8 @@ def frame_norms(backbone: Backbone) -> Iterator[None]:
 
     class FrameLayerNormZero(CogVideoXLayerNormZero):
         def forward(self, video: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """Tokens of the video (B, S, D) and of the text (B, L, D), temb (B n, D), n 1 or f -> both, and gates.
+            """Tokens of the video (B, S, D) and of the text (B, L, D), temb
+            (B n, D), n 1 or f -> both, and gates.
 
             The text's tokens, which have no frame, get the middle frame's timestep. [ours]
             """

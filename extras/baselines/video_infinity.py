@@ -1,23 +1,27 @@
-"""Video-Infinity: Distributed Long Video Generation (arXiv 2406.16260), a baseline of the paper, on VideoCrafter2.
+"""Video-Infinity: Distributed Long Video Generation (arXiv 2406.16260), a
+baseline of the paper, on VideoCrafter2.
 
-The F frames of a video are cut into N clips of f frames that do not overlap. Each clip has its own prompt and is
-denoised as if it were alone, except that the U-Net's temporal layers also see frames of other clips:
+The F frames of a video are cut into N clips of f frames that do not overlap. Each clip
+has its own prompt and is denoised as if it were alone, except that the U-Net's temporal
+layers also see frames of other clips:
 
     convolutions   the 4 frames on either side of the clip
-    attention      near(a): frame a and the p frames on either side of it; G: g frames spread over the whole video
+    attention      near(a): frame a and the p frames on either side of it
+                   G: g frames spread over the whole video
                    logit(a, j) = q_a k_j / sqrt(d) + (b if t <  T else 0)      j in near(a)
                    logit(a, j) = q_a k_j / sqrt(d) + (b if t >= T else 0)      j in G
                    one softmax over both sets; a frame in both has two keys
 
-So all frames agree on one layout at noisy timesteps, and on details with their neighbours later. Beyond the video's
-ends everything is zero, keys and values too; the zero keys count in the softmax.
+So all frames agree on one layout at noisy timesteps, and on details with their neighbours later.
+Beyond the video's ends everything is zero, keys and values too; the zero keys count in the softmax.
 
-Written from a description of the authors' code (github.com/Yuanshi9815/Video-Infinity, acfcd17), which gives each clip
-a GPU. Here the clips are the batch, in one process or split among several; the network's output is the same. [ours]
-Sampling as for all methods here: DDIM, 50 steps, fps 28 (authors: SDE-DPM-Solver++, 30 steps, fps 24, no signal scale).
+Written from a description of the authors' code (github.com/Yuanshi9815/Video-Infinity, acfcd17),
+which gives each clip a GPU. Here the clips are the batch, in one process or split among several;
+the network's output is the same. [ours] Sampling as for all methods here: DDIM, 50 steps, fps 28
+(authors: SDE-DPM-Solver++, 30 steps, fps 24, no signal scale).
 
-Memory grows with N, since all clips go through the network together. Predicted, not measured: at 320 x 512 in half
-precision with guidance, below 13 GB for 64 frames and below 33 GB for 192.
+Memory grows with N, since all clips go through the network together. Predicted, not measured: at
+320 x 512 in half precision with guidance, below 13 GB for 64 frames and below 33 GB for 192.
 """
 
 from collections.abc import Iterator, Sequence
@@ -92,14 +96,16 @@ class VideoInfinity:
         return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which frames a frame sees
 
 
 def shared_frames(clips: int, frames: int, count: int) -> list[int]:
-    """Candidates for G, as many from each clip; G is the first `count` of them, so it may miss the last clips.
+    """Candidates for G, as many from each clip; G is the first `count` of
+    them, so it may miss the last clips.
 
-    A clip gives every r-th of its f frames, r = f // (count // clips), or its first if there are more clips than count.
+    A clip gives every r-th of its f frames, r = f // (count // clips), or its first
+    if there are more clips than count.
     """
     each = count // clips
     stride = max(frames // each, 1) if each else frames
@@ -107,17 +113,20 @@ def shared_frames(clips: int, frames: int, count: int) -> list[int]:
 
 
 def logit_bias(frames: int, near: int, shared: int, bias: float, layout: bool) -> Tensor:
-    """What the logits of any clip's frames get, f x (p + f + p + |G|): its context and own frames, then G."""
+    """What the logits of any clip's frames get, f x (p + f + p + |G|): its
+    context and own frames, then G."""
     distance = torch.arange(-near, frames + near) - torch.arange(frames)[:, None]  # f p+f+p
     local = torch.where(distance.abs() <= near, 0.0 if layout else bias, -torch.inf)
     return torch.cat([local, torch.full((frames, shared), bias if layout else 0.0)], 1)
 
 
 def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Neighbouring clips with their context, and some frames of all processes, by at most one collective.
+    """Neighbouring clips with their context, and some frames of all
+    processes, by at most one collective.
 
-    x: B x L x ..., this process's frames; picked: numbers of some of them, the same in every process. Returns
-    B x (reach + L + reach) x ..., zero beyond the video's ends, and B x (W picked) x .... Raises ConnectionError.
+    x: B x L x ..., this process's frames; picked: numbers of some of them, the same in every
+    process. Returns B x (reach + L + reach) x ..., zero beyond the video's ends, and
+    B x (W picked) x .... Raises ConnectionError.
     """
     (rank, world), k, L = processes(), len(picked), x.shape[1]
     parts = [torch.cat([x[:, list(picked)], x[:, :reach], x[:, L - reach :]], 1)]
@@ -133,16 +142,18 @@ def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor,
     return torch.cat([before, x, after], 1), torch.cat([part[:, :k] for part in parts], 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network
 
 
 @contextmanager
 def linked_clips(unet: nn.Module, clips: int, settings: VideoInfinity, events: int = 1) -> Iterator[None]:
-    """Within this context a UNet3DConditionModel takes its batch for neighbouring clips of one video, n per process.
+    """Within this context a UNet3DConditionModel takes its batch for neighbouring
+    clips of one video, n per process.
 
-    Rows are (half, clip): with guidance B = 2 halves that never meet, else 1. A batch that is not a multiple of n
-    raises ValueError. The network runs uncompiled, since code that was compiled before may pass over the hooks.
+    Rows are (half, clip): with guidance B = 2 halves that never meet, else 1. A batch that is not a
+    multiple of n raises ValueError. The network runs uncompiled, since code that was compiled
+    before may pass over the hooks.
     """
     from diffusers.models.resnet import TemporalConvLayer
     from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
@@ -168,7 +179,8 @@ def linked_clips(unet: nn.Module, clips: int, settings: VideoInfinity, events: i
         return args, kwargs | dict(num_frames=f * n)
 
     def widen(_, args, kwargs):
-        """Before a convolution layer: (B n f) C H W -> (B n (f + 8)) C H W, its norms' statistics likewise."""
+        """Before a convolution layer: (B n f) C H W -> (B n (f + 8)) C H W,
+        its norms' statistics likewise."""
         x, _ = exchange(args[0].unflatten(0, (B, n * f)), REACH)
         x = x.unfold(1, f + 2 * REACH, f).movedim(-1, 2)  # B n f+8 C H W
         return (x.flatten(0, 2),), kwargs | dict(num_frames=f + 2 * REACH)

@@ -1,11 +1,14 @@
-"""Benchmark the program. All rows come from one run on one machine, so read the ratios, not the seconds.
+"""Benchmark the program. All rows come from one run on one machine,
+so read the ratios, not the seconds.
 
-    python -m extras.measure.bench                         every row that this machine can measure: minutes
-    python -m extras.measure.bench --only overhead length  some of: model overhead length methods processes memory
+    python -m extras.measure.bench                         every row that this machine can measure:
+                                                           minutes
+    python -m extras.measure.bench --only overhead length  some of: model overhead length methods
+                                                           processes memory
 
-"2B" is a transformer of CogVideoX-2B's size with random weights. Memory is a row's peak above what is in
-use when it starts, counted by torch's allocator (GPU) or by the Linux kernel (CPU process). The part "memory" is a
-prediction, the same on every machine: see memory.py.
+"2B" is a transformer of CogVideoX-2B's size with random weights. Memory is a row's peak above what
+is in use when it starts, counted by torch's allocator (GPU) or by the Linux kernel (CPU process).
+The part "memory" is a prediction, the same on every machine: see memory.py.
 """
 
 import argparse
@@ -70,7 +73,7 @@ def evaluations(recipe: Recipe, name: str) -> int:
     return method.evaluations(plan, method.steps(plan))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model: cost of evaluating a window at CogVideoX-2B's size
 
 
@@ -83,7 +86,8 @@ def make_2b(layers: int, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def evaluation(transformer: torch.nn.Module, windows: int, calls: int = 1) -> Callable[[], None]:
-    """Guided evaluation of some windows, with both halves of the guidance in one call of the transformer or in two."""
+    """Guided evaluation of some windows, with both halves of the guidance in one
+    call of the transformer or in two."""
     n = 2 * windows // calls
     x, text, t = torch.randn(n, BIG.window, *BIG.latent), torch.randn(n, 226, 4096), torch.full((n,), 500)
     x, text, t = x.to(DEVICE, transformer.dtype), text.to(DEVICE, transformer.dtype), t.to(DEVICE)
@@ -136,7 +140,7 @@ def whole_model(base: float) -> Iterator[tuple[str, str]]:
     yield "2B, torch.compile", f"{base / seconds(evaluation(transformer, 1)):.2f} times as fast"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sampler, with a model that costs nothing
 
 
@@ -192,7 +196,7 @@ def length() -> Iterator[tuple[str, str]]:
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole runs of the tiny model
 
 

@@ -1,32 +1,39 @@
 """Measure a video: does it stay consistent, does it follow its story, does it move?
 
     python -m extras.measure.evaluate VIDEO --story story.json     (or --scenario NAME)
-    python -m extras.measure.evaluate --trajectories trace.safetensors     plots what `demo.py --trace` recorded
+    python -m extras.measure.evaluate --trajectories trace.safetensors
+                                              plots what `demo.py --trace` recorded
 
-The first prints the measures and writes them, with the drift curve, to VIDEO's name with .scores.json:
+The first prints the measures and writes them, with the drift curve,
+to VIDEO's name with .scores.json:
 
     subject consistency      VBench's formula and features: DINO ViT-B/16, the first token
     background consistency   VBench's formula and features: CLIP ViT-B/32, image
-    drift                    mean cosine of the subject features of frames d apart, for every d; shows changes over long
-                             distances, which the two averages above hide [ours]
-    global, local fidelity   mean cosine of the CLIP features of frames and text: the global prompt, or the local
-                             prompt of each frame's event
+    drift                    mean cosine of the subject features of frames d apart, for every d;
+                             shows changes over long distances, which the two averages above hide
+                             [ours]
+    global, local fidelity   mean cosine of the CLIP features of frames and text: the global prompt,
+                             or the local prompt of each frame's event
     scenes                   number found by PySceneDetect's ContentDetector with its defaults
-    seam ratio               mean frame difference where a window begins or ends, divided by the median elsewhere;
-                             1: no seams [ours]
-    motion                   mean absolute frame difference, pixels in [0, 1]; read it with the rest, because a still
-                             image is perfectly consistent
-    linear smoothness        VBench's formula of motion smoothness, with the mean of a frame's neighbours; VBench uses
-                             a network, AMT, which no package provides, so its numbers differ [ours]
+    seam ratio               mean frame difference where a window begins or ends, divided by the
+                             median elsewhere; 1: no seams [ours]
+    motion                   mean absolute frame difference, pixels in [0, 1]; read it with the
+                             rest, because a still image is perfectly consistent
+    linear smoothness        VBench's formula of motion smoothness, with the mean of a frame's
+                             neighbours; VBench uses a network, AMT, which no package provides, so
+                             its numbers differ [ours]
 
 and, after `pip install pyiqa torchvision`, if their weights are available:
 
-    dynamic degree           VBench's formula, with torchvision's RAFT: 1 if a quarter of the video moves much, else 0
-    aesthetic quality        VBench's formula and weights: LAION's linear head on CLIP ViT-L/14, divided by 10
+    dynamic degree           VBench's formula, with torchvision's RAFT: 1 if a quarter of the video
+                             moves much, else 0
+    aesthetic quality        VBench's formula and weights: LAION's linear head on CLIP ViT-L/14,
+                             divided by 10
     imaging quality          VBench's formula and weights: pyiqa's MUSIQ for SPAQ, divided by 100
 
-Numbers compare with VBench's tables only for the same models, lengths and prompts. Measure videos without captions,
-which would affect the scores. Frames are streamed: memory grows only by their features.
+Numbers compare with VBench's tables only for the same models, lengths and prompts.
+Measure videos without captions, which would affect the scores. Frames are streamed:
+memory grows only by their features.
 """
 
 import argparse
@@ -53,13 +60,13 @@ IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # mean 
 OPENAI = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The formulas
 
 
 def consistency(features: Tensor) -> float:
-    """VBench's formula for frame features T x D: for each frame but the first, the mean of its clipped cosine
-    similarities to the previous and to the first frame; averaged."""
+    """VBench's formula for frame features T x D: for each frame but the first, the mean of its
+    clipped cosine similarities to the previous and to the first frame; averaged."""
     f = F.normalize(features, dim=-1)
     before, first = (f[1:] * f[:-1]).sum(-1), f[1:] @ f[0]
     return ((before.clamp(min=0) + first.clamp(min=0)) / 2).mean().item()
@@ -77,8 +84,9 @@ def fidelity(features: Tensor, text: Tensor) -> float:
 
 
 def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
-    """Mean frame difference at the joins divided by the median elsewhere. differences[i] is between frames i and i + 1;
-    a join is the number of the first frame after it. 1 if there are no joins or nothing moves."""
+    """Mean frame difference at the joins divided by the median elsewhere. differences[i]
+    is between frames i and i + 1; a join is the number of the first frame after it. 1 if
+    there are no joins or nothing moves."""
     before = {join - 1 for join in joins}
     there = [d for i, d in enumerate(differences) if i in before]
     usual = statistics.median([d for i, d in enumerate(differences) if i not in before])
@@ -88,13 +96,15 @@ def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
 
 
 def window_joins(windows: Sequence[slice], frames_per_latent: int = 4) -> list[int]:
-    """Video frames that begin a window or follow its end; latent frame k > 0 ends with frame 4 k."""
+    """Video frames that begin a window or follow its end; latent
+    frame k > 0 ends with frame 4 k."""
     edges = {edge for w in windows for edge in (w.start, w.stop)} - {0, windows[-1].stop}
     return sorted(frames_per_latent * (edge - 1) + 1 for edge in edges)
 
 
 class Watch:
-    """Measures without a network: frame differences and scenes. Call it with frames, H x W x 3 uint8, one by one."""
+    """Measures without a network: frame differences and scenes. Call it with
+    frames, H x W x 3 uint8, one by one."""
 
     def __init__(self, fps: float = 8):
         from scenedetect import ContentDetector
@@ -128,7 +138,7 @@ class Watch:
         return 1 - statistics.mean(self.lost) if self.lost else 1.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The networks
 
 
@@ -148,7 +158,8 @@ class Networks:
 
     @torch.no_grad()
     def subject(self, frames: Tensor) -> Tensor:
-        """Frames n x 3 x H x W in [0, 1] -> n x D: whole frames, the shorter side at the network's size."""
+        """Frames n x 3 x H x W in [0, 1] -> n x D: whole frames, the
+        shorter side at the network's size."""
         size = self.dino.config.image_size
         x = normalize(shorter_side(frames.to(self.device), size, "bilinear"), IMAGENET)
         return self.dino(x, interpolate_pos_encoding=True).last_hidden_state[:, 0].float().cpu()
@@ -186,14 +197,17 @@ def shorter_side(x: Tensor, size: int, mode: str) -> Tensor:
     return F.interpolate(x, shape, mode=mode, antialias=True, align_corners=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measures that need another library: objects that are called with frames, n x 3 x H x W in [0, 1], and have a value
+# --------------------------------------------------------------------------------------------------
+# Measures that need another library: objects that are called with frames, n x 3 x H x W in [0, 1],
+# and have a value
 
 
 class DynamicDegree:
-    """VBench's: at 8 frames per second, does the flow exceed 6 pixels of 256 in a quarter of the frames?
+    """VBench's: at 8 frames per second, does the flow exceed 6 pixels
+    of 256 in a quarter of the frames?
 
-    A flow counts as the mean length of its 5 % longest vectors. flow: two frames, 1 x 3 x H x W -> 2 x H x W.
+    A flow counts as the mean length of its 5 % longest vectors. flow: two
+    frames, 1 x 3 x H x W -> 2 x H x W.
     """
 
     def __init__(self, flow: Callable[[Tensor, Tensor], Tensor]):
@@ -230,7 +244,8 @@ class MeanScore:
 
 @torch.no_grad()
 def load_flow(weights: str | None, device: str) -> DynamicDegree:
-    """Load RAFT, trained on FlyingChairs and FlyingThings like VBench's. `weights`: a file, else torchvision's."""
+    """Load RAFT, trained on FlyingChairs and FlyingThings like VBench's.
+    `weights`: a file, else torchvision's."""
     from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
     raft = raft_large(weights=None if weights else Raft_Large_Weights.C_T_V1)
@@ -266,7 +281,8 @@ def load_aesthetic(weights: str | None, device: str, clip: str = LARGE_CLIP) -> 
 
 
 def load_imaging(weights: str | None, device: str) -> MeanScore:
-    """Load MUSIQ. `weights`: pyiqa's file for SPAQ, else its download. Scales the longer side to at most 512 pixels."""
+    """Load MUSIQ. `weights`: pyiqa's file for SPAQ, else its download. Scales the
+    longer side to at most 512 pixels."""
     import pyiqa
 
     options = dict(pretrained_model_path=weights) if weights else {}
@@ -286,7 +302,8 @@ EXTRAS = {"dynamic degree": load_flow, "aesthetic quality": load_aesthetic, "ima
 
 
 def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, DynamicDegree | MeanScore]:
-    """Load the EXTRAS whose library and weights are available; print a line for each of the others."""
+    """Load the EXTRAS whose library and weights are available;
+    print a line for each of the others."""
     found = {}
     for name, load in EXTRAS.items():
         try:
@@ -298,16 +315,18 @@ def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, Dyn
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A video
 
 
 def place_story(
     path: Path, story: P.Story, window: int, stride: int, frames_per_latent: int = 4
 ) -> tuple[list[slice], list[tuple[int, int]]]:
-    """Layout of a video: its windows in latent frames, and the first and last + 1 video frame of each event.
+    """Layout of a video: its windows in latent frames, and the first and
+    last + 1 video frame of each event.
 
-    Raises ValueError if the video cannot be read, is too short, or has too few windows for the story.
+    Raises ValueError if the video cannot be read, is too short, or
+    has too few windows for the story.
     """
     count = sum(1 for _ in read_frames(path)[0])
     if count < 2:
@@ -328,8 +347,8 @@ def evaluate(
     frames_per_latent: int = 4,
     extras: Mapping[str, DynamicDegree | MeanScore] | None = None,
 ) -> dict:
-    """All measures of a video, with windows and spans from `place_story` and extras from `load_extras`. An extra that
-    cannot be measured is left out, with a line."""
+    """All measures of a video, with windows and spans from `place_story` and extras from
+    `load_extras`. An extra that cannot be measured is left out, with a line."""
     frames, fps = read_frames(path)
     watch, subject, background, extras = Watch(fps), [], [], dict(extras or {})
     frames = iter(tqdm(frames, desc="frames", unit="frame", total=spans[-1][1]))
@@ -364,14 +383,14 @@ def evaluate(
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A plot: how the estimates develop (the paper's Figure 3)
 
 
 def principal_plane(traces: Sequence[Tensor]) -> list[Tensor]:
-    """Project traces steps x F x D -> steps x F x 2 on shared axes: the first two principal components of all traces'
-    last steps, with their mean at 0. (t-SNE would separate near points and draw gaps of any size; here distances mean
-    the same in every panel.)"""
+    """Project traces steps x F x D -> steps x F x 2 on shared axes: the first two principal
+    components of all traces' last steps, with their mean at 0. (t-SNE would separate near points
+    and draw gaps of any size; here distances mean the same in every panel.)"""
     ends = torch.cat([trace[-1] for trace in traces]).double()
     mean = ends.mean(0)
     axes = torch.linalg.svd(ends - mean, full_matrices=False).Vh[:2]
@@ -379,7 +398,8 @@ def principal_plane(traces: Sequence[Tensor]) -> list[Tensor]:
 
 
 def plot_trajectories(path: Path, picture: Path) -> None:
-    """Plot one panel per method, one line per latent frame, coloured by its position in the video, from faint to vivid.
+    """Plot one panel per method, one line per latent frame, coloured by its position
+    in the video, from faint to vivid.
 
     Raises ValueError if the file holds no trace.
     """

@@ -1,8 +1,9 @@
-"""Dry run of the GPU path: every model at full size, with tensors on torch's `meta` device, which stores no data.
+"""Dry run of the GPU path: every model at full size, with tensors on torch's
+`meta` device, which stores no data.
 
-Shapes, precisions and devices are the real ones (meta refuses to mix with the CPU), so code that runs here would run on
-a GPU, and the live storages are the memory it would use. Not counted: the CUDA context (about 0.5 GiB), workspaces of
-kernels, and fragmentation in torch's allocator.
+Shapes, precisions and devices are the real ones (meta refuses to mix with the CPU), so code that
+runs here would run on a GPU, and the live storages are the memory it would use. Not counted: the
+CUDA context (about 0.5 GiB), workspaces of kernels, and fragmentation in torch's allocator.
 """
 
 import re
@@ -60,7 +61,8 @@ class Memory(TorchDispatchMode):
 
 @contextmanager
 def meta_as_gpu() -> Iterator[Memory]:
-    """Inside, code that needs a tensor's values gets zeros, and attention never builds its matrix, as on a GPU."""
+    """Inside, code that needs a tensor's values gets zeros, and attention never
+    builds its matrix, as on a GPU."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
         if not (query.device == key.device == value.device and query.dtype == key.dtype == value.dtype):
@@ -196,7 +198,8 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
 
 
 def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Iterator[tuple[str, float]]:
-    """Encode, sample a step of all three stages with each window batch, decode; yield each peak in GiB."""
+    """Encode, sample a step of all three stages with each window batch,
+    decode; yield each peak in GiB."""
     size, stride = recipe.window, recipe.settings.stride
     windows = S.make_windows(size + 3 * stride, size, stride)
     settings = replace(recipe.settings, csd_iters=1)

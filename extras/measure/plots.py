@@ -2,9 +2,9 @@
 
     python -m extras.measure.plots
 
-writes two pictures beside this file from `tables.jsonl`: forest.png, each row's difference from SynCoS with the paper's
-direction, and cost.png, coherence and fidelity against model evaluations. The numbers drawn are kept in the PNGs' own
-text ("data"), where a test compares them with the file.
+writes two pictures beside this file from `tables.jsonl`: forest.png, each row's difference from
+SynCoS with the paper's direction, and cost.png, coherence and fidelity against model evaluations.
+The numbers drawn are kept in the PNGs' own text ("data"), where a test compares them with the file.
 """
 
 import json
@@ -34,12 +34,13 @@ AGAINST_COST = ["identities", "local fidelity", "distance x 1000"]
 COLORS = {"reproduced": "tab:blue", "not reproduced": "tab:red", "not distinguishable": "0.55", None: "black"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The numbers. Each: row -> measure -> a list that JSON keeps
 
 
 def forest_points(videos: dict[str, list[dict]], rows: dict[str, tuple] = R.TABLES) -> dict:
-    """Mean difference from SynCoS and its interval; then the paper's difference and the verdict, or twice None."""
+    """Mean difference from SynCoS and its interval; then the paper's difference
+    and the verdict, or twice None."""
     points = {}
     for name in (name for names in TABLES.values() for name in names if name in videos):
         points[name] = {}
@@ -63,12 +64,13 @@ def rounded(values: list[float]) -> list[float]:
     return [round(x, 4) for x in R.bootstrap(values)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The pictures
 
 
 def draw_forest(points: dict) -> plt.Figure:
-    """A row of panels per table, a column per measure; shaded: the side on which the paper's difference lies."""
+    """A row of panels per table, a column per measure; shaded: the side on
+    which the paper's difference lies."""
     tables = {table: own for table, names in TABLES.items() if (own := [name for name in names if name in points])}
     figure, axes = plt.subplots(
         len(tables), len(DIFFERENCES), figsize=(12, 1.6 + 0.42 * len(points)), sharex=True, squeeze=False,

@@ -13,9 +13,11 @@ from syncos import Level, Settings, flow_levels
 
 
 class Wan(Backbone):
-    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError for other models, including Wan 2.2.
+    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError
+    for other models, including Wan 2.2.
 
-    A rectified flow. The model treats every window as a separate clip: positions restart at 0. The VAE runs in float32.
+    A rectified flow. The model treats every window as a separate clip: positions
+    restart at 0. The VAE runs in float32.
     """
 
     prediction = "flow"
@@ -34,7 +36,8 @@ class Wan(Backbone):
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
-        """Latent shape (C, H, W) at 480 x 832 pixels and scheduler of a model, from three small files."""
+        """Latent shape (C, H, W) at 480 x 832 pixels and scheduler of
+        a model, from three small files."""
         from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
         try:
@@ -104,10 +107,11 @@ class Wan(Backbone):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Decode latents F x C x H x W to 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time.
+        """Decode latents F x C x H x W to 4(F - 1) + 1 video frames,
+        each 8H x 8W x 3 uint8, one at a time.
 
-        Decodes latent frames one by one, like the VAE's own `decode`, but keeps only the caches of the causal
-        convolutions: memory does not grow with F, and the frames are bit-identical.
+        Decodes latent frames one by one, like the VAE's own `decode`, but keeps only the caches of
+        the causal convolutions: memory does not grow with F, and the frames are bit-identical.
         """
         vae, c = self.pipe.vae, self.pipe.vae.config
         if hasattr(vae, "_hf_hook"):  # offload: move to the device first, like `vae.decode`

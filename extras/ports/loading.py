@@ -1,4 +1,5 @@
-"""What all loaders share: every part of a model loads completely, or is refused in a sentence with the first key."""
+"""What all loaders share: every part of a model loads completely, or is refused
+in a sentence with the first key."""
 
 import os
 import pickle
@@ -37,10 +38,12 @@ class Parts(DiffusionPipeline):
 
 
 def load_network(kind: Any, model: str, folder: str, dtype: torch.dtype, strict: bool = False) -> nn.Module:
-    """A network of diffusers or transformers, by its class, from a folder of a model (hub id or path; "": its root).
+    """A network of diffusers or transformers, by its class, from a folder of a
+    model (hub id or path; "": its root).
 
-    A local folder that has only one variant (*.fp16.safetensors) loads that. strict: keys that the network does not
-    have are an error, too. Raises ValueError if a file is missing or damaged, or a key is missing or unfit.
+    A local folder that has only one variant (*.fp16.safetensors) loads that. strict: keys that
+    the network does not have are an error, too. Raises ValueError if a file is missing or
+    damaged, or a key is missing or unfit.
     """
     name, path = f"{model}/{folder}".rstrip("/"), Path(model) / folder
     if Path(model).is_dir() and not (path / "config.json").is_file():
@@ -99,7 +102,8 @@ def only_variant(path: Path) -> str | None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote, by weights_only, which runs nothing that is in it. Tensors are read when they are used.
+    """What torch.save wrote, by weights_only, which runs nothing that is in it.
+    Tensors are read when they are used.
 
     Raises OSError if the file is missing, ValueError if it holds anything but tensors.
     """
@@ -122,7 +126,8 @@ def check_fit(what: str, missing: Iterable, unexpected: Iterable, mismatched: It
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Make these tensors the model's parameters. Raises ValueError unless all keys and shapes fit."""
+    """Make these tensors the model's parameters. Raises ValueError
+    unless all keys and shapes fit."""
     own = {k: v.shape for k, v in model.state_dict().items()}
     both = own.keys() & state.keys()
     wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k])}" for k in both if own[k] != state[k].shape]

@@ -1,9 +1,12 @@
-"""Open-Sora Plan v1.3: the video transformer and the decoder of the WF-VAE, for the released weights.
+"""Open-Sora Plan v1.3: the video transformer and the decoder of
+the WF-VAE, for the released weights.
 
-Written from the facts of the official code (github.com/PKU-YuanGroup/Open-Sora-Plan, tag v1.3.0), with its parameter
-names, so that its files load strictly. Inference only: no encoder, no training, no masks except the text's.
+Written from the facts of the official code (github.com/PKU-YuanGroup/Open-Sora-Plan, tag v1.3.0),
+with its parameter names, so that its files load strictly. Inference only: no encoder, no
+training, no masks except the text's.
 
-    B batch, T latent frames, C channels, H x W latent height and width; S tokens of width D; L text tokens
+    B batch, T latent frames, C channels, H x W latent height and width;
+    S tokens of width D; L text tokens
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,19 +34,21 @@ class Ported(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict, **kwargs):
-        """Raises ValueError if the configuration needs what the port lacks. Other keys are ignored."""
+        """Raises ValueError if the configuration needs what the
+        port lacks. Other keys are ignored."""
         for key, value in cls.fixed.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key} must be {value!r} for this port; config.json has {config[key]!r}.")
         return super().from_config({k: v for k, v in config.items() if k in signature(cls).parameters}, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The transformer
 
 
 def rotary_table(grid: tuple[int, int, int], scales: tuple[float, float, float], head_dim: int) -> Tensor:
-    """Angles of the 3-D rotary positions of a T x H x W grid: (S, 3, head_dim / 6), float32 for any model dtype.
+    """Angles of the 3-D rotary positions of a T x H x W grid:
+    (S, 3, head_dim / 6), float32 for any model dtype.
 
     t, h and w use a third of the head each. Positions start at 0 and are divided by the scale.
     """
@@ -55,16 +60,19 @@ def rotary_table(grid: tuple[int, int, int], scales: tuple[float, float, float],
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Apply rotary positions to x (B, heads, S, head_dim): in each third, the first half pairs with the second."""
+    """Apply rotary positions to x (B, heads, S, head_dim): in each third, the
+    first half pairs with the second."""
     a, b = x.float().unflatten(-1, (3, 2, -1)).unbind(-2)  # B heads S 3 n
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -2).flatten(-3).to(x.dtype)
 
 
 def to_sets(x: Tensor, n: int, grouped: bool) -> Tensor:
-    """Skiparse: (B, heads, S, d) -> (B n, heads, S / n, d), n sets of tokens, each attending only to itself.
+    """Skiparse: (B, heads, S, d) -> (B n, heads, S / n, d), n sets of
+    tokens, each attending only to itself.
 
-    Single skip: token s is in set s mod n; grouped: in set floor(s / n) mod n. S is a multiple of n^2.
+    Single skip: token s is in set s mod n; grouped: in set
+    floor(s / n) mod n. S is a multiple of n^2.
     """
     return x.unflatten(2, (-1, n, n)).movedim(3 if grouped else 4, 1).flatten(3, 4).flatten(0, 1)
 
@@ -75,7 +83,8 @@ def from_sets(x: Tensor, n: int, grouped: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention to x itself or to a context. `sparse` is None (dense) or (n, grouped), see `to_sets`."""
+    """Multi-head attention to x itself or to a context. `sparse` is None (dense)
+    or (n, grouped), see `to_sets`."""
 
     def __init__(self, dim: int, heads: int, sparse: tuple[int, bool] | None = None):
         super().__init__()
@@ -141,7 +150,8 @@ class PatchEmbed(nn.Module):
 
 
 class OpenSoraT2V_v1_3(Ported):
-    """The diffusion transformer; predicts v. Defaults are the released model's (2.77 B parameters)."""
+    """The diffusion transformer; predicts v. Defaults are the
+    released model's (2.77 B parameters)."""
 
     fixed = dict(patch_size_t=1, activation_fn="gelu-approximate", attention_bias=True, norm_elementwise_affine=False,
                  sparse1d=True, only_cross_attention=False, double_self_attention=False)  # fmt: skip
@@ -176,8 +186,9 @@ class OpenSoraT2V_v1_3(Ported):
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Latents (B, T, C, H, W), timestep (B,) or (B, T) of 0 to 999 in float32 (bfloat16 cannot hold 999), text (B,
-        L, caption_channels) with its mask (B, L), true for words -> v, (B, T, C, H, W)."""
+        """Latents (B, T, C, H, W), timestep (B,) or (B, T) of 0 to 999 in float32
+        (bfloat16 cannot hold 999), text (B, L, caption_channels) with its mask (B, L), true
+        for words -> v, (B, T, C, H, W)."""
         c, (T, _, H, W) = self.config, latents.shape[1:]
         p = c.patch_size
         grid = (T, H // p, W // p)
@@ -195,13 +206,13 @@ class OpenSoraT2V_v1_3(Ported):
         return x.unflatten(1, grid).unflatten(-1, (p, p, -1)).permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The WF-VAE's decoder. Its modules take (x, past): x is the next piece of the video, B C T H W.
 
 
 class Past:
-    """What modules keep of a video's earlier pieces, each under its own key; empty at the start. (Not a plain dict,
-    because offload hooks would copy it.)"""
+    """What modules keep of a video's earlier pieces, each under its own key; empty at the start.
+    (Not a plain dict, because offload hooks would copy it.)"""
 
     def __init__(self):
         self.kept: dict[object, Tensor] = {}
@@ -209,7 +220,8 @@ class Past:
 
 
 class CausalConv3d(nn.Module):
-    """Pads frames with zeros, and time with two frames in front: the last two, or at first the first frame twice."""
+    """Pads frames with zeros, and time with two frames in front: the last two, or
+    at first the first frame twice."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3):
         super().__init__()
@@ -283,9 +295,11 @@ class SpaceUpsample(nn.Module):
 
 
 class SpaceTimeUpsample(nn.Module):
-    """Doubles height, width and all frames but the first, which takes no part in interpolation over time.
+    """Doubles height, width and all frames but the first, which takes
+    no part in interpolation over time.
 
-    A frame's second half needs the next frame, so the last frame of a piece waits for the next piece, if there is one.
+    A frame's second half needs the next frame, so the last frame of a piece waits
+    for the next piece, if there is one.
     """
 
     def __init__(self, channels: int):
@@ -314,8 +328,8 @@ class Chain(nn.ModuleList):
 def inverse_haar_3d(x: Tensor, first: bool) -> Tensor:
     """(B, 8 c, T, H, W) -> (B, c, 2T, 2H, 2W); at the start of a video, drops the first frame.
 
-    Band 4 bt + 2 bh + bw changes sign with every second frame (bt), row (bh), column (bw). The gain is the
-    official literal, not 1 / sqrt(8).
+    Band 4 bt + 2 bh + bw changes sign with every second frame (bt), row (bh), column (bw). The gain
+    is the official literal, not 1 / sqrt(8).
     """
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=x.dtype, device=x.device)  # band bit, parity
     bands = x.unflatten(1, (2, 2, 2, -1))
@@ -331,7 +345,8 @@ def inverse_haar_2d(x: Tensor) -> Tensor:
 
 
 class WFVAEDecoder(Ported):
-    """The decoder of WFVAEModel_D8_4x8x8: 8x in space, 4x in time. Defaults are the released model's (110 M)."""
+    """The decoder of WFVAEModel_D8_4x8x8: 8x in space, 4x in time. Defaults
+    are the released model's (110 M)."""
 
     fixed = dict(norm_type="layernorm", t_interpolation="trilinear", use_attention=True)
 
@@ -359,8 +374,9 @@ class WFVAEDecoder(Ported):
         self.norm_out, self.conv_out = Norm(c), FrameConv2d(c, 24)
 
     def forward(self, z: Tensor, past: Past) -> Tensor:
-        """Decode the next piece of a video: unscaled latents (B, C, T, H, W) -> frames (B, 3, 4T, 8H, 8W) about [-1,
-        1], at first 3 fewer. The last latent frame's come with the next piece (see SpaceTimeUpsample)."""
+        """Decode the next piece of a video: unscaled latents (B, C, T, H, W) -> frames
+        (B, 3, 4T, 8H, 8W) about [-1, 1], at first 3 fewer. The last latent frame's come with the
+        next piece (see SpaceTimeUpsample)."""
         e, first = self.config.decoder_energy_flow_hidden_size, not past.kept
         h = self.mid(self.conv_in(z, past), past)
         h, low = h[:, :-e], h[:, -e:]
@@ -377,10 +393,12 @@ class WFVAEDecoder(Ported):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, piece: int = 2) -> Iterator[Tensor]:
-        """Latents (B, C, F, H, W) from the transformer -> frames (B, 3, n, 8H, 8W), 4(F - 1) + 1 in all.
+        """Latents (B, C, F, H, W) from the transformer -> frames
+        (B, 3, n, 8H, 8W), 4(F - 1) + 1 in all.
 
-        Decodes in pieces of `piece` latent frames (the first has one more). The frames equal those of one call, in
-        memory independent of F, because all convolutions are causal and the upsampler looks one latent frame ahead.
+        Decodes in pieces of `piece` latent frames (the first has one more). The frames equal those
+        of one call, in memory independent of F, because all convolutions are causal and the
+        upsampler looks one latent frame ahead.
         """
         z, past = latents / self.config.scale, Past()
         pieces = [z[:, :, : piece + 1], *(p for p in z[:, :, piece + 1 :].split(piece, 2) if p.shape[2])]
@@ -389,7 +407,7 @@ class WFVAEDecoder(Ported):
             yield self(part, past)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 TRANSFORMER = "any93x640x640"  # the released folder of the text-to-video model
@@ -399,8 +417,8 @@ TEXT_ENCODER = "google/mt5-xxl"
 def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Parts:
     """Load some parts of a folder or hub id laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
 
-    Tokenizer and text encoder come from its mt5-xxl/ if it is a folder that has one, else from TEXT_ENCODER. Raises
-    ValueError if something is missing or does not fit.
+    Tokenizer and text encoder come from its mt5-xxl/ if it is a folder that has one, else from
+    TEXT_ENCODER. Raises ValueError if something is missing or does not fit.
     """
     text = str(Path(model) / "mt5-xxl") if (Path(model) / "mt5-xxl").is_dir() else TEXT_ENCODER
     load = dict(
@@ -415,9 +433,9 @@ def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Parts:
 def load_decoder(model: str) -> WFVAEDecoder:
     """Load the decoder of a folder or hub id, from vae/config.json and vae/merged.ckpt.
 
-    merged.ckpt is a pickle: it is read with weights_only, which runs none of its code. It holds two decoders, from two
-    stages of training, whose names differ only by "module."; the later one is used. Raises ValueError if something is
-    missing, is not a plain tensor, or does not fit.
+    merged.ckpt is a pickle: it is read with weights_only, which runs none of its code. It holds two
+    decoders, from two stages of training, whose names differ only by "module."; the later one is
+    used. Raises ValueError if something is missing, is not a plain tensor, or does not fit.
     """
     try:
         decoder = WFVAEDecoder.from_config(WFVAEDecoder.load_config(model, subfolder="vae"))

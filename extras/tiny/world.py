@@ -1,10 +1,11 @@
 """The tiny world: 64x64 clips of one object doing one thing in one place, captioned in plain words.
 
-    shape x colour x background x action = 4 x 5 x 4 x 5 = 400 stories, each in endless variations of position, size,
-    speed and phase. `render` draws them, `caption` describes them, `Fitter` reads what any clip shows by fitting the
-    same renderer to it. Needs only torch.
+    shape x colour x background x action = 4 x 5 x 4 x 5 = 400 stories, each in endless variations
+    of position, size, speed and phase. `render` draws them, `caption` describes them, `Fitter`
+    reads what any clip shows by fitting the same renderer to it. Needs only torch.
 
-Coordinates: x to the right, y down, both in [0, 1] of the frame's side; sizes are multiples of RADIUS.
+Coordinates: x to the right, y down, both in [0, 1] of the frame's
+side; sizes are multiples of RADIUS.
 """
 
 import functools
@@ -41,7 +42,8 @@ def sample_stories(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def caption(story, color: bool = True, background: bool = True, subject: bool = True) -> str:
-    """A story in words, e.g. "A red ball in the desert. It jumps."; the model chooses what is omitted."""
+    """A story in words, e.g. "A red ball in the desert. It jumps.";
+    the model chooses what is omitted."""
     shape, col, place, action = (int(i) for i in story)
     noun = f"A {list(COLORS)[col]} {SHAPES[shape]}" if color else f"A {SHAPES[shape]}"
     where = f" {list(BACKGROUNDS.values())[place]}" if background else ""
@@ -111,10 +113,11 @@ def backgrounds() -> torch.Tensor:
 
 
 def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random object motion for stories (n, 4): x, y (its centre) and size in each video frame, (n, FRAMES, 3).
+    """Random object motion for stories (n, 4): x, y (its centre) and size
+    in each video frame, (n, FRAMES, 3).
 
-    Position, size, speed and phase are random. A movement may begin late or end early, so a clip can start or stop
-    mid-action, and one clip can begin where another ends.
+    Position, size, speed and phase are random. A movement may begin late or end early, so a clip
+    can start or stop mid-action, and one clip can begin where another ends.
     """
     n, t = len(stories), torch.arange(FRAMES)
     draw = lambda lo, hi: lo + (hi - lo) * torch.rand(n, 1, generator=generator)  # noqa: E731
@@ -144,7 +147,8 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 
 def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Distance from the outline of a shape of radius 1 around the origin, negative inside (y down)."""
+    """Distance from the outline of a shape of radius 1 around the
+    origin, negative inside (y down)."""
     if SHAPES[shape] == "ball":
         return (x * x + y * y).sqrt() - 1.0
     if SHAPES[shape] == "box":
@@ -162,7 +166,8 @@ def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 
 def masks(shape: int, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coverage in [0, 1] of the fill and of the outline for motion (..., 3): two tensors (..., SIZE, SIZE)."""
+    """Coverage in [0, 1] of the fill and of the outline for motion
+    (..., 3): two tensors (..., SIZE, SIZE)."""
     x, y, s = motion[..., None, None].unbind(-3)
     radius = RADIUS * s
     d = signed_distance(shape, (GRID - x) / radius, (GRID[:, None] - y) / radius) * radius * SIZE  # pixels
@@ -180,10 +185,12 @@ def render(stories: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
 
 
 class Fitter:
-    """Reads a clip by fitting the renderer to it: its story, and the object's position and size in every frame.
+    """Reads a clip by fitting the renderer to it: its story, and the
+    object's position and size in every frame.
 
-    Searches a grid of positions and sizes at half resolution: |g - T|^2 is smallest where 2 <g, T> - |T|^2 is largest,
-    with g = frame - background and T = (color - background) fill + (ink - background) line.
+    Searches a grid of positions and sizes at half resolution: |g - T|^2 is smallest where 2 <g, T>
+    - |T|^2 is largest, with g = frame - background and T = (color - background) fill + (ink -
+    background) line.
     """
 
     def __init__(self):
@@ -212,7 +219,8 @@ class Fitter:
         return f**2 @ (fill**2).sum(0) + n**2 @ (line**2).sum(0) + 2 * (f * n) @ (fill * line).sum(0)
 
     def __call__(self, video: torch.Tensor) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-        """Video (T, 3, SIZE, SIZE) in [0, 1] -> its story (see sample_stories; action -1: none) and motion (T, 3)."""
+        """Video (T, 3, SIZE, SIZE) in [0, 1] -> its story (see sample_stories;
+        action -1: none) and motion (T, 3)."""
         frames = self.half(video)  # T 3 P
         place = (frames[None] - self.places[:, None]).abs().clamp(max=0.3).mean((1, 2, 3)).argmin().item()
         g, best = frames - self.places[place], None
@@ -228,8 +236,8 @@ class Fitter:
 
     @staticmethod
     def refine(video: torch.Tensor, story: tuple[int, int, int, int], motion: torch.Tensor) -> torch.Tensor:
-        """Refine the grid's motion (T, 3) until its picture is nearest to the video at full resolution, by a
-        Levenberg-Marquardt search per frame."""
+        """Refine the grid's motion (T, 3) until its picture is nearest to the video at full
+        resolution, by a Levenberg-Marquardt search per frame."""
         draw = lambda motion: render(torch.tensor([story]), motion[None])[0].flatten(1)  # T P  # noqa: E731
         target, picture, damping = video.flatten(1), draw(motion), torch.full((len(motion), 1, 1), 0.1)
         for _ in range(8):
@@ -247,7 +255,8 @@ class Fitter:
 
     @staticmethod
     def action(motion: torch.Tensor) -> int:
-        """Action that a motion (T, 3) shows most clearly, relative to each one's least change; -1 if none."""
+        """Action that a motion (T, 3) shows most clearly, relative to each
+        one's least change; -1 if none."""
         x, y, s = motion.unbind(-1)
         third = max(1, len(motion) // 3)
         dx, ds = (v[-third:].mean() - v[:third].mean() for v in (x, s))
