@@ -222,8 +222,7 @@ def latents_file(args: argparse.Namespace) -> Path:
 
 
 def keeps_state(args: argparse.Namespace) -> bool:
-    """Save after every step? With several processes always: one that dies
-    leaves the others no time to save."""
+    """Save after every step? Several processes always do: one that dies stops the others."""
     return bool(args.state or args.resume or runs.several_processes())
 
 
@@ -240,8 +239,7 @@ def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dty
 
 
 def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: runs.State) -> tuple[dict, dict]:
-    """Latents of each method, and what the video's file should know; both are
-    on disk before decoding starts."""
+    """Latents of each method, and what the video's file should know; saved before decoding."""
     recipe, story = run.plan.recipe, run.story
 
     def look(method: str, step: int, x0: torch.Tensor) -> None:
@@ -268,8 +266,7 @@ def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: r
 
 
 def write(args: argparse.Namespace, backbone: Backbone, latents: dict, about: dict, safe: Path) -> None:
-    """The video and its contact sheet; `safe` is the file that the
-    latents can be decoded from again."""
+    """The video and its contact sheet; `safe` holds the latents for another attempt."""
     fps, events = args.fps or about["fps"], list(zip(about["spans"], about["local"]))
     captions = about["captions"] if args.captions is None else args.captions
     comment = json.dumps(about["run"])  # how it was made, for whoever finds the video later

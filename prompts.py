@@ -1,5 +1,4 @@
-"""Structured prompts: one global prompt for what stays, one local
-prompt per event for what changes.
+"""Structured prompts: a global prompt for what stays, a local one per event for what changes.
 
     python prompts.py "A cat wakes up, hunts a fly and falls asleep again" --num_prompts 3
         prints the instruction for any chat model (the paper used GPT-4o); save its answer as a
@@ -27,8 +26,7 @@ LONGEST = 10_000  # characters per prompt
 
 @dataclass(frozen=True)
 class Story:
-    """A structured prompt: one local prompt per event, in time
-    order. Raises ValueError if empty."""
+    """A structured prompt: one local prompt per event, in order. Raises ValueError if empty."""
 
     global_prompt: str
     local_prompts: tuple[str, ...]
@@ -45,8 +43,7 @@ class Story:
             raise ValueError(f"A prompt has {len(longest)} characters; no model reads more than {LONGEST}.")
 
     def event_prompts(self, structured: bool = True) -> list[str]:
-        """Text of each event: global and local prompt joined, or the local
-        one alone (the paper's ablation)."""
+        """Text of each event: global and local prompt, or the local one alone (ablation)."""
         parts = [[self.global_prompt, text] if structured else [text] for text in self.local_prompts]
         return [" ".join(part.strip() for part in pair if part.strip()) for pair in parts]
 
@@ -251,8 +248,7 @@ def instruction(scenario: str, count: int) -> str:
 
 
 def find_story(answer: str, count: int) -> Story:
-    """Find the story in a model's answer, whatever surrounds it:
-    the last object with a story's keys.
+    """Find the story in a model's answer: the last object with a story's keys.
 
     Raises ValueError stating what is wrong with the answer.
     """

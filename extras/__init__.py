@@ -1,2 +1,1 @@
-"""Everything that a reader of the paper can skip: other models and methods,
-long runs, videos, measurements."""
+"""What a reader of the paper can skip: more models and methods, long runs, measurements."""

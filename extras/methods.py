@@ -15,8 +15,7 @@ from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refi
 
 @dataclass(frozen=True)
 class SynCoS:
-    """The paper's method, its ablations, and what else its three stages give. See
-    `extras.baselines.Method`."""
+    """SynCoS, its ablations, and what else its stages give. See `extras.baselines.Method`."""
 
     settings: Settings
 

@@ -1,5 +1,4 @@
-"""What makes a long run safe: state on disk after every step, resume,
-several processes, signals, previews."""
+"""What makes a long run safe: saved state, resume, several processes, signals, previews."""
 
 import atexit
 import json
@@ -152,8 +151,7 @@ def sample(
 
 
 def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) -> None:
-    """A contact sheet of the estimate so far: one frame from the middle of each
-    event, decoded from three latents.
+    """A contact sheet of the estimate so far: the middle frame of each event.
 
     If that fails, for lack of memory or at values that are not
     finite, it says so and the run continues.
@@ -171,8 +169,7 @@ def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) ->
 
 
 def keep_state(state: State, path: Path) -> str:
-    """Save the state of a run that stops, if there is something to
-    save, and say how to resume it."""
+    """Save the state of a run that stops, if there is any, and say how to resume it."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if main_process() and (state.step or state.done):
@@ -205,8 +202,7 @@ def several_processes() -> bool:
 
 
 def join_processes(device: str | None) -> str | None:
-    """Under torchrun: meet the other processes. Each takes its own GPU;
-    the first alone writes and prints.
+    """Under torchrun: meet the other processes. Each takes a GPU; the first writes and prints.
 
     Returns the device of this process. Raises ValueError if there are not enough GPUs.
     """

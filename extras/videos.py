@@ -1,5 +1,4 @@
-"""Shared by the command line and the measurements: videos, contact sheets,
-tensors on disk, and checks of arguments.
+"""Videos, contact sheets, tensors on disk, and checks of arguments.
 
 Frames are H x W x 3 uint8 arrays, one at a time. Files are written
 completely or not at all: `replacing`.
@@ -210,8 +209,7 @@ def lacks(font: Any, text: str) -> str:
 
 @functools.cache
 def find_font(letters: str) -> tuple[Any, str]:
-    """File of a font that has these letters (None: Pillow's own), and
-    the letters that no font here has."""
+    """The file of a font that has these letters (None: Pillow's own), and letters no font has."""
     from PIL import ImageFont
 
     best = None, lacks(ImageFont.load_default(12), letters)
@@ -323,8 +321,7 @@ def write_story(
     captions: bool = False,
     comment: str = "",
 ) -> None:
-    """Write the video, methods side by side, and its contact sheet, from
-    frames that are consumed one by one.
+    """Write the video, methods side by side, and its contact sheet, frame by frame.
 
     streams: method -> its `count` frames; events: start and end as fractions of the video,
     and the prompt. Small frames are enlarged to about 256 rows; captions: add the prompt of

@@ -1,5 +1,4 @@
-"""Baselines of the paper, one per file, each readable beside its own paper; here,
-what every method gets and gives."""
+"""The paper's baselines, one per file; here, what every method gets and gives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ Callback = Callable[[int, float, Tensor, Tensor], None]  # as in syncos.syncos
 
 @dataclass(frozen=True)
 class Plan:
-    """A long video to sample, the same for every method. Raises ValueError if
-    events or scheduler do not fit."""
+    """A long video to sample, the same for every method. Raises ValueError if it does not fit."""
 
     recipe: Recipe
     texts: tuple[str, ...]  # the whole prompt of each event, in time order
@@ -52,12 +50,10 @@ class Plan:
 
 
 class Method(Protocol):
-    """A way to sample a plan; a frozen dataclass of its settings.
-    `extras.methods.METHODS` lists them."""
+    """A way to sample a plan: a frozen dataclass of its settings. See `extras.methods.METHODS`."""
 
     def check(self, plan: Plan) -> None:
-        """Raises ValueError, one sentence, if the backbone or the length is not
-        one that the method can sample."""
+        """Raises ValueError if the method cannot sample this backbone or length."""
 
     def steps(self, plan: Plan) -> int:
         """Number of steps of a run, as its callback counts them."""

@@ -24,8 +24,7 @@ from syncos import Level, PredictX0
 
 @dataclass(frozen=True)
 class CSD:
-    """The settings, and the method as `extras.baselines.Method` has it. A
-    step of the run is one iteration."""
+    """The settings, and the method (`extras.baselines.Method`). A step is one iteration."""
 
     iters: int | None = None  # None: as many as SynCoS's number of model evaluations allows [ours]
     batch: int = 4  # windows per minibatch, as in SynCoS [ours]

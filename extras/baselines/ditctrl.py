@@ -86,8 +86,7 @@ class DiTCtrl:
 
 
 def blend(parts: Tensor, windows: Sequence[slice], counts: Sequence[int], frames: int) -> Tensor:
-    """Average windows where they overlap, weighted by a triangle: 1/f,
-    3/f, ..., 1, ..., 3/f, 1/f for odd f.
+    """Average overlapping windows, weighted by a triangle: 1/f, 3/f, ..., 1, ..., 3/f, 1/f (odd f).
 
     parts: N x f x C x H x W, one per window; counts: how often each counts. Returns F x C x H x W.
     """

@@ -104,8 +104,7 @@ def count_evaluations(steps: int, size: int, turns: int, settings: Fifo) -> int:
 
 
 def renew(noise: Tensor, fresh: Tensor, now: Level, after: Level, eta: float) -> Tensor:
-    """DDIM's noise for a step from `now` to `after`, Eq. 12 and 16 of the
-    DDIM paper: a part of it is fresh."""
+    """DDIM's noise for a step from `now` to `after`, partly fresh (DDIM paper, Eq. 12 and 16)."""
     share = eta * (1 - (now.alpha * after.sigma / (after.alpha * now.sigma)) ** 2).sqrt()  # F 1 1 1
     return (1 - share**2).sqrt() * noise + share * fresh
 

@@ -1,5 +1,4 @@
-"""Benchmark the program. All rows come from one run on one machine,
-so read the ratios, not the seconds.
+"""Benchmark, all rows in one run on one machine: read the ratios, not the seconds.
 
     python -m extras.measure.bench                         every row that this machine can measure:
                                                            minutes

@@ -96,8 +96,7 @@ def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
 
 
 def window_joins(windows: Sequence[slice], frames_per_latent: int = 4) -> list[int]:
-    """Video frames that begin a window or follow its end; latent
-    frame k > 0 ends with frame 4 k."""
+    """Video frames that begin a window or follow its end; latent frame k ends with frame 4 k."""
     edges = {edge for w in windows for edge in (w.start, w.stop)} - {0, windows[-1].stop}
     return sorted(frames_per_latent * (edge - 1) + 1 for edge in edges)
 
@@ -302,8 +301,7 @@ EXTRAS = {"dynamic degree": load_flow, "aesthetic quality": load_aesthetic, "ima
 
 
 def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, DynamicDegree | MeanScore]:
-    """Load the EXTRAS whose library and weights are available;
-    print a line for each of the others."""
+    """Load the EXTRAS that have library and weights; print a line for each of the others."""
     found = {}
     for name, load in EXTRAS.items():
         try:

@@ -1,5 +1,4 @@
-"""Dry run of the GPU path: every model at full size, with tensors on torch's
-`meta` device, which stores no data.
+"""Dry run of the GPU path: full-size models on torch's `meta` device, which stores no data.
 
 Shapes, precisions and devices are the real ones (meta refuses to mix with the CPU), so code that
 runs here would run on a GPU, and the live storages are the memory it would use. Not counted: the
@@ -198,8 +197,7 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
 
 
 def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Iterator[tuple[str, float]]:
-    """Encode, sample a step of all three stages with each window batch,
-    decode; yield each peak in GiB."""
+    """Encode, sample a step with each window batch, decode; yield each peak in GiB."""
     size, stride = recipe.window, recipe.settings.stride
     windows = S.make_windows(size + 3 * stride, size, stride)
     settings = replace(recipe.settings, csd_iters=1)

@@ -36,8 +36,7 @@ class Wan(Backbone):
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
-        """Latent shape (C, H, W) at 480 x 832 pixels and scheduler of
-        a model, from three small files."""
+        """Latent shape (C, H, W) at 480 x 832 pixels and scheduler, from three small files."""
         from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
         try:

@@ -126,8 +126,7 @@ def check_fit(what: str, missing: Iterable, unexpected: Iterable, mismatched: It
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Make these tensors the model's parameters. Raises ValueError
-    unless all keys and shapes fit."""
+    """Make these tensors the model's parameters. Raises ValueError unless all fit."""
     own = {k: v.shape for k, v in model.state_dict().items()}
     both = own.keys() & state.keys()
     wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(own[k])}" for k in both if own[k] != state[k].shape]

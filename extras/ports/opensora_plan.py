@@ -1,5 +1,4 @@
-"""Open-Sora Plan v1.3: the video transformer and the decoder of
-the WF-VAE, for the released weights.
+"""Open-Sora Plan v1.3: video transformer and WF-VAE decoder, for the released weights.
 
 Written from the facts of the official code (github.com/PKU-YuanGroup/Open-Sora-Plan, tag v1.3.0),
 with its parameter names, so that its files load strictly. Inference only: no encoder, no
@@ -34,8 +33,7 @@ class Ported(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict, **kwargs):
-        """Raises ValueError if the configuration needs what the
-        port lacks. Other keys are ignored."""
+        """Raises ValueError if the configuration needs what the port lacks; ignores other keys."""
         for key, value in cls.fixed.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{key} must be {value!r} for this port; config.json has {config[key]!r}.")
@@ -150,8 +148,7 @@ class PatchEmbed(nn.Module):
 
 
 class OpenSoraT2V_v1_3(Ported):
-    """The diffusion transformer; predicts v. Defaults are the
-    released model's (2.77 B parameters)."""
+    """The diffusion transformer; predicts v. Defaults: the released model (2.77 B parameters)."""
 
     fixed = dict(patch_size_t=1, activation_fn="gelu-approximate", attention_bias=True, norm_elementwise_affine=False,
                  sparse1d=True, only_cross_attention=False, double_self_attention=False)  # fmt: skip
@@ -345,8 +342,7 @@ def inverse_haar_2d(x: Tensor) -> Tensor:
 
 
 class WFVAEDecoder(Ported):
-    """The decoder of WFVAEModel_D8_4x8x8: 8x in space, 4x in time. Defaults
-    are the released model's (110 M)."""
+    """The decoder of WFVAEModel_D8_4x8x8: 8x in space, 4x in time. Defaults: released (110 M)."""
 
     fixed = dict(norm_type="layernorm", t_interpolation="trilinear", use_attention=True)
 

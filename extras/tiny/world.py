@@ -42,8 +42,7 @@ def sample_stories(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def caption(story, color: bool = True, background: bool = True, subject: bool = True) -> str:
-    """A story in words, e.g. "A red ball in the desert. It jumps.";
-    the model chooses what is omitted."""
+    """A story in words: "A red ball in the desert. It jumps."; the model chooses what is open."""
     shape, col, place, action = (int(i) for i in story)
     noun = f"A {list(COLORS)[col]} {SHAPES[shape]}" if color else f"A {SHAPES[shape]}"
     where = f" {list(BACKGROUNDS.values())[place]}" if background else ""
@@ -147,8 +146,7 @@ def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Te
 
 
 def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Distance from the outline of a shape of radius 1 around the
-    origin, negative inside (y down)."""
+    """Distance from the outline of a shape of radius 1 at the origin, negative inside (y down)."""
     if SHAPES[shape] == "ball":
         return (x * x + y * y).sqrt() - 1.0
     if SHAPES[shape] == "box":
@@ -255,8 +253,7 @@ class Fitter:
 
     @staticmethod
     def action(motion: torch.Tensor) -> int:
-        """Action that a motion (T, 3) shows most clearly, relative to each
-        one's least change; -1 if none."""
+        """Action that a motion (T, 3) shows most clearly; -1 if none changes enough."""
         x, y, s = motion.unbind(-1)
         third = max(1, len(motion) // 3)
         dx, ds = (v[-third:].mean() - v[:third].mean() for v in (x, s))
