@@ -1,23 +1,30 @@
-"""Backbones: from a pretrained text-to-video model to SynCoS's `predict_x0`, and from latents back to video frames.
+"""From a pretrained text-to-video model to SynCoS's `predict_x0`, and from latents to frames.
 
-CogVideoX (2B, 5B, and the embedded tiny model) and Open-Sora Plan v1.3. `extras/models/` holds further ones.
+CogVideoX (2B, 5B, and the embedded tiny model) and Open-Sora Plan v1.3.
+`extras/models/` holds further ones.
 
-`Backbone` is what all models share: each prompt is encoded once, guidance is applied in one place, the model runs in
-its own precision while the sampler's state stays float32. Parts are in memory only while they are needed:
+`Backbone` is what all models share: each prompt is encoded once, guidance is applied in one
+place, the model runs in its own precision while the sampler's state stays float32. Parts are in
+memory only while they are needed:
 
     encode(prompts)         loads the text encoder and drops it again
-    load()                  loads transformer and decoder, for predict_x0(latents, t, prompts) and decode(latents)
+    load()                  loads transformer and decoder, for predict_x0(latents, t, prompts) and
+                            decode(latents)
     release_transformer()   leaves only the decoder
 
 A new model is a subclass of about 60 lines with
 
-    inspect(model)          window, latent shape and scheduler of a model, from its small configuration files
+    inspect(model)          window, latent shape and scheduler of a model, from its small
+                            configuration files
     make_levels(scheduler, steps)
                             the noise levels of a run
-    load_pipe(*parts)       a diffusers pipeline with only these parts of tokenizer, text_encoder, transformer, vae
-    encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis; `text_length` tokens at most
-    denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v, eps or a flow.
-                            t is float32: B, or B x f (one timestep per frame) if the model has `frame_timesteps`
+    load_pipe(*parts)       a diffusers pipeline with only these parts of tokenizer, text_encoder,
+                            transformer, vae
+    encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis; `text_length`
+                            tokens at most
+    denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v,
+                            eps or a flow. t is float32: B, or B x f (one timestep per frame) if the
+                            model has `frame_timesteps`
     decode(latents)         video frames, one at a time
 
 and a `Recipe` with its settings. Latents are B x f x C x H x W everywhere, as in syncos.py.
@@ -39,7 +46,7 @@ from torch.utils.mkldnn import to_mkldnn
 
 from syncos import Level, Settings, diffusion_levels, make_windows, to_x0
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What all models share
 
 
@@ -77,11 +84,12 @@ class Recipe:
 
 
 class Backbone:
-    """The part that is the same for every model: loading, the prompt cache, guidance, precision, conversion to x0.
+    """What every model shares: loading, prompt cache, guidance, precision, conversion to x0.
 
-    model: hub id or folder. offload: "none", or "model" or "sequential" to move whole models or single layers to the
-    device only when they are called, by diffusers' own hooks. tiling: decode in spatial tiles. Nothing is loaded before
-    `encode` or `load`, which raise ValueError if a part is missing or does not fit.
+    model: hub id or folder. offload: "none", or "model" or "sequential" to move whole models or
+    single layers to the device only when they are called, by diffusers' own hooks. tiling:
+    decode in spatial tiles. Nothing is loaded before `encode` or `load`, which raise ValueError
+    if a part is missing or does not fit.
     """
 
     pipe: Any  # the diffusers pipeline: the models, their placement and offload
@@ -111,7 +119,7 @@ class Backbone:
 
     @staticmethod
     def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
-        """The recipe for base clips of another size: pixels, video frames. Raises ValueError if the model has none."""
+        """The recipe for base clips of another size (pixels, video frames). Raises ValueError."""
         raise ValueError("This backbone's models have one size; leave out --height, --width and --window_frames.")
 
     def set_levels(self, levels: Sequence[Level]) -> None:
@@ -143,9 +151,11 @@ class Backbone:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
-        """Encode each distinct prompt once. The text encoder, about 10 GB for the big models, is dropped afterwards.
+        """Encode each distinct prompt once. The text encoder, about 10 GB for the
+        big models, is dropped afterwards.
 
-        Raises ValueError if two prompts are the same to the model, FloatingPointError if an embedding is not finite.
+        Raises ValueError if two prompts are the same to the model,
+        FloatingPointError if an embedding is not finite.
         """
         new = [text for text in dict.fromkeys([self.negative_prompt, *prompts]) if text not in self.texts]
         if not new:
@@ -163,7 +173,7 @@ class Backbone:
         return text
 
     def check_lengths(self, tokenizer: Any, prompts: Sequence[str]) -> None:
-        """Warn of words that the model does not see. Raises ValueError if two prompts become the same without them."""
+        """Warn of words that the model does not see; raise ValueError if prompts become equal."""
         room, seen = self.text_length - tokenizer.num_special_tokens_to_add(), {}
         for text in dict.fromkeys(prompts):
             ids = tokenizer(self.template(text), add_special_tokens=False, verbose=False).input_ids
@@ -190,15 +200,16 @@ class Backbone:
 
     @torch.no_grad()
     def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """SynCoS's model contract: noisy windows B x f x C x H x W in, guided clean estimates out, both float32."""
+        """SynCoS's contract: noisy windows B x f x C x H x W in, clean estimates out, float32."""
         return to_x0(self.guided(latents, torch.tensor([t]), prompts), latents, self.at[t], self.prediction)
 
     @torch.no_grad()
     def guided(self, latents: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
-        """The network's output with classifier-free guidance, float32, in the shape of the latents B x f x C x H x W.
+        """The network's output with classifier-free guidance, float32, in the
+        shape of the latents B x f x C x H x W.
 
-        times: 1 or B timesteps, or B x f if the model has `frame_timesteps`. Below `predict_x0`, for methods that need
-        more than one timestep per call (extras/baselines).
+        times: 1 or B timesteps, or B x f if the model has `frame_timesteps`. Below `predict_x0`,
+        for methods that need more than one timestep per call (extras/baselines).
         """
         x = latents.to(self.device, self.dtype)
         times = times.to(self.device, torch.float32)
@@ -219,8 +230,9 @@ def in_batches(predict: Callable, size: int, done: Callable[[int], Any] = lambda
     """`predict_x0` with at most `size` windows at a time, calling `done(windows)` after each batch.
 
     t may also be a tensor with one row per window.
-    Under torch.distributed the processes share the batches, and all get all results. Batches stay whole, so that every
-    matrix product has the size that it has in one process: the result is the same bit for bit.
+    Under torch.distributed the processes share the batches, and all get all results. Batches stay
+    whole, so that every matrix product has the size that it has in one process: the result is the
+    same bit for bit.
     """
 
     def predict_in_batches(latents: Tensor, t: float | Tensor, prompts: list[str]) -> Tensor:
@@ -248,7 +260,7 @@ def processes() -> tuple[int, int]:
 
 
 def free_memory() -> None:
-    """Give back what was dropped: offload hooks make reference cycles, and torch keeps a GPU's freed blocks."""
+    """Free what was dropped: offload hooks make reference cycles, and torch caches blocks."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -269,7 +281,7 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 
 def check_channels(model: str, config: Mapping) -> None:
-    """Raises ValueError for networks that are given more than the noisy latent, as image-to-video models are."""
+    """Raises ValueError for networks with more inputs than the noisy latent, as for images."""
     given, made = config.get("in_channels"), config.get("out_channels")
     if given != made:
         raise ValueError(
@@ -278,14 +290,15 @@ def check_channels(model: str, config: Mapping) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CogVideoX
 
 
 class CogVideoX(Backbone):
-    """Any CogVideoX text-to-video pipeline in diffusers format. Raises ValueError for other models, and for a 1.5.
+    """Any CogVideoX text-to-video pipeline in diffusers format, but not 1.5 (ValueError).
 
-    2B (sincos positions), 5B (rotary). Every window is a clip of its own to the model: positions restart at 0.
+    2B (sincos positions), 5B (rotary). Every window is a clip of its own to
+    the model: positions restart at 0.
     """
 
     prediction = "v_prediction"
@@ -324,7 +337,7 @@ class CogVideoX(Backbone):
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
-        """Window (latent frames), latent shape (C, H, W) and scheduler of a model, from two small files."""
+        """Window (latent frames), latent shape (C, H, W) and scheduler, from two small files."""
         c, scheduler = CogVideoX.read_configs(model)
         window = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
         latent = (c["in_channels"], c["sample_height"], c["sample_width"])
@@ -332,7 +345,7 @@ class CogVideoX(Backbone):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """DDIM with trailing spacing: sampling starts at pure noise, t = 999, where alpha is exactly 0."""
+        """DDIM with trailing spacing: it starts at pure noise, t = 999, where alpha is 0."""
         from diffusers import CogVideoXDDIMScheduler
 
         ddim = CogVideoXDDIMScheduler.from_config(scheduler, timestep_spacing="trailing")
@@ -374,10 +387,12 @@ class CogVideoX(Backbone):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents F x C x H x W as 4(F - 1) + 1 video frames (F odd), each 8H x 8W x 3 uint8, one at a time.
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames (F odd),
+        each 8H x 8W x 3 uint8, one at a time.
 
-        Memory does not grow with F: the VAE gets the pieces that its own `decode` would make (2 latent frames, the
-        first time 3), and the caches of its causal convolutions carry over. Equal to decoding in one go, tiled or not.
+        Memory does not grow with F: the VAE gets the pieces that its own `decode` would make (2
+        latent frames, the first time 3), and the caches of its causal convolutions carry over.
+        Equal to decoding in one go, tiled or not.
         """
         vae, caches = self.pipe.vae, deque()  # one cache per tile, in their order
         z = latents.transpose(0, 1)[None].to(self.device, self.dtype) / vae.config.scaling_factor  # 1 C F H W
@@ -406,8 +421,17 @@ class CogVideoX(Backbone):
         vae.use_tiling = self.tiling
 
 
+def warn_of_unknown_words(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """One warning that names the words which a model of the tiny world does not know."""
+    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    words, known = dict.fromkeys(word for prompt in prompts for word, _ in split(prompt)), tokenizer.get_vocab()
+    if unknown := [w for w in words if w.lower() not in known]:
+        knows = ", ".join(sorted(w for w in known if w.isalpha()))
+        warnings.warn(f"The tiny model does not know {', '.join(unknown)}; it knows {knows}.", stacklevel=3)
+
+
 class Tiny(CogVideoX):
-    """The embedded model (extras/tiny): a small but complete CogVideoX that knows the words of its own world only."""
+    """The embedded model: a small but complete CogVideoX that knows only the tiny world."""
 
     def load(self, decoder_only: bool = False) -> None:
         super().load(decoder_only)
@@ -415,14 +439,7 @@ class Tiny(CogVideoX):
             self.pipe.vae.decoder = to_mkldnn(self.pipe.vae.decoder)  # torch alone takes a slow path for small Conv3ds
 
     def encode(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.load_pipe("tokenizer").tokenizer
-        split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
-        words = dict.fromkeys(word for prompt in prompts for word, _ in split(prompt))
-        if unknown := [w for w in words if w.lower() not in tokenizer.get_vocab()]:
-            known = sorted(w for w in tokenizer.get_vocab() if w.isalpha())
-            warnings.warn(
-                f"The tiny model does not know {', '.join(unknown)}; it knows {', '.join(known)}.", stacklevel=2
-            )
+        warn_of_unknown_words(self.load_pipe("tokenizer").tokenizer, prompts)
         super().encode(prompts)
 
 
@@ -471,12 +488,12 @@ TINY = Recipe(
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Open-Sora Plan v1.3
 
 
 class OpenSoraPlan(Backbone):
-    """Open-Sora Plan v1.3, by hub id or from a folder laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
+    """Open-Sora Plan v1.3: hub id, or a folder laid out like LanguageBind/Open-Sora-Plan-v1.3.0.
 
     The text encoder is the folder's own mt5-xxl/ if it has one, else google/mt5-xxl.
     """
@@ -517,7 +534,8 @@ class OpenSoraPlan(Backbone):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """DDIM with trailing spacing, from pure noise; the authors sample with EulerAncestral, the paper with DDIM."""
+        """DDIM with trailing spacing, from pure noise; the authors sample with
+        EulerAncestral, the paper with DDIM."""
         from diffusers import DDIMScheduler
 
         ddim = DDIMScheduler(**scheduler)
@@ -543,7 +561,8 @@ class OpenSoraPlan(Backbone):
         return self.pipe.transformer(x, t, text, mask)
 
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents F x C x H x W as 4(F - 1) + 1 video frames, each 8H x 8W x 3 uint8, one at a time."""
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames, each
+        8H x 8W x 3 uint8, one at a time."""
         for video in self.pipe.vae.decode(latents.transpose(0, 1)[None].to(self.device, self.dtype)):
             yield from to_uint8(video[0])
 

@@ -1,4 +1,5 @@
-"""The tiny world and its checkpoint: the renderer, the fit that reads it back, training, and the reproduction."""
+"""The tiny world and its checkpoint: the renderer, the fit that reads it back,
+training, and the reproduction."""
 
 import json
 import re
@@ -12,16 +13,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
-from helpers import randn, rng
+from diffusers import CogVideoXPipeline, UNet3DConditionModel
+from helpers import maxdiff, randn, rng
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextModel
 
 from backbones import TINY
 from extras.baselines import Plan
 from extras.methods import SynCoS
 from extras.models import get_recipe
-from extras.tiny import train
+from extras.models.tiny_unet import TINY_UNET
+from extras.models.videocrafter2 import SCHEDULER, VideoCrafter2
+from extras.tiny import train, unet
 from extras.tiny import world as W
 from syncos import implied_noise, revert
 
@@ -39,6 +43,11 @@ def tiny():
     return R.TinyModel(TINY.model, "float32")
 
 
+@pytest.fixture(scope="module")
+def tiny_unet():
+    return R.TinyModel(TINY_UNET.model, "float32", "tiny-unet")
+
+
 @pytest.fixture
 def cheap(tiny):
     """A model whose network costs nothing, and whose videos are read from the latents alone."""
@@ -50,7 +59,7 @@ def cheap(tiny):
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The world
 
 
@@ -93,7 +102,7 @@ def test_captions_leave_out_what_they_are_told_to():
     assert words == set(W.vocabulary())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checkpoint
 
 
@@ -121,7 +130,19 @@ def test_decoding_is_the_pipelines(tiny):
     assert (ours.permute(3, 0, 1, 2) - theirs).abs().max() <= 1  # a rounding at a uint8 border
 
 
-def test_unknown_words_get_one_warning(tiny):
+def test_the_unets_checkpoint_is_complete_and_small(tiny_unet):
+    files = [p for p in Path(TINY_UNET.model).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 12e6
+    assert {p.suffix for p in files} == {".json", ".safetensors"}
+    assert set(W.vocabulary()) <= set(tiny_unet.backbone.load_pipe("tokenizer").tokenizer.get_vocab())
+    assert (TINY_UNET.window, TINY_UNET.num_frames) == (16, 64)
+    with pytest.raises(ValueError, match="one size"):
+        TINY_UNET.backbone.resize(TINY_UNET, 64, 64, 16)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_unet"])
+def test_unknown_words_get_one_warning(model, request):
+    tiny = request.getfixturevalue(model)
     with pytest.warns(UserWarning) as caught:
         tiny.backbone.encode(["A red dragon. It flies.", "A Red BALL. It flies."])
     [text] = [text for each in caught if "does not know" in (text := str(each.message))]  # libraries may warn beside
@@ -131,20 +152,22 @@ def test_unknown_words_get_one_warning(tiny):
         tiny.backbone.encode(["A Red BALL. It jumps."])
 
 
-def test_single_clips_show_what_they_are_told_to(tiny):
-    """Four clips in 20 steps (extras/measure/reproduce.py: 200 in 50); one mistake of the sixteen is forgiven."""
-    stories = torch.arange(4)[:, None].expand(4, 4)
+@pytest.mark.parametrize("model", ["tiny", "tiny_unet"])
+def test_single_clips_show_what_they_are_told_to(model, request):
+    """Four clips in 20 steps (extras/measure/reproduce.py: 200 in 50); one
+    mistake of the sixteen is forgiven."""
+    tiny, stories = request.getfixturevalue(model), torch.arange(4)[:, None].expand(4, 4)
     captions = [W.caption(s) for s in stories]
     tiny.backbone.encode(captions)
-    levels, x = tiny.backbone.levels(20), randn(4, 13, 8, 8, 8)
+    levels, x = tiny.backbone.levels(20), randn(4, tiny.recipe.window, *tiny.recipe.latent)
     for level, prev in zip(levels, levels[1:]):
         x0 = tiny.backbone.predict_x0(x, level.t, captions)
         x = revert(x0, implied_noise(x, x0, level), prev)
-    found = [tiny.read(z, [slice(0, 13)])["fits"][0] for z in x]
+    found = [tiny.read(z, [slice(0, tiny.recipe.window)])["fits"][0] for z in x]
     assert (torch.tensor(found) == stories).sum() >= 15
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The reproduction
 
 
@@ -226,7 +249,8 @@ def test_a_verdict_needs_an_interval_on_one_side():
 
 
 def test_tables_compare_scenario_by_scenario(cheap, capsys):
-    """The printed means and differences are those of `long_video`; first what is shown, then the pictures."""
+    """The printed means and differences are those of `long_video`; first
+    what is shown, then the pictures."""
     done, few, seeds, name = {}, dict(steps=2, t_min=300, csd_iters=1), range(3), "distance x 1000"
     rows = {"SynCoS": (few, None), "Gen-L-Video": (dict(method="gen-l-video", steps=2), R.TABLES["Gen-L-Video"][1])}
     R.print_tables(R.measure_rows(cheap, seeds, rows, done, done.__setitem__), rows)
@@ -249,8 +273,8 @@ def page_videos(tiny):
 
 
 def test_the_page_quotes_the_tables_beside_it(page_videos, capsys):
-    """Its summary is the printed one, each interval quoted under "What we found" is printed, and motion goes with
-    picture consistency as it says."""
+    """Its summary is the printed one, each interval quoted under "What we found" is printed, and
+    motion goes with picture consistency as it says."""
     R.print_tables(page_videos, R.TABLES)
     printed, page = capsys.readouterr().out, PAGE.read_text()
     summary = printed.split("\n\n")[1]
@@ -269,7 +293,8 @@ def test_the_page_quotes_the_tables_beside_it(page_videos, capsys):
 
 
 def test_the_pictures_on_the_page_are_of_the_tables_beside_it(page_videos):
-    """A picture's own numbers are those of the file; every row of the tables is in the forest plot."""
+    """A picture's own numbers are those of the file; every row of
+    the tables is in the forest plot."""
     for name, (numbers, _) in plots.PICTURES.items():
         drawn, points = json.loads(Image.open(PAGE.parent / name).text["data"]), numbers(page_videos)
         assert list(drawn) == list(points) and f"]({name})" in PAGE.read_text()
@@ -280,7 +305,8 @@ def test_the_pictures_on_the_page_are_of_the_tables_beside_it(page_videos):
 
 
 def test_points_of_pictures_by_hand():
-    """Differences are paired, and the paper's number lies beside them; costs and means are the rows' own."""
+    """Differences are paired, and the paper's number lies beside them;
+    costs and means are the rows' own."""
     measures = {*plots.DIFFERENCES, *plots.AGAINST_COST}
     make = lambda values: [dict.fromkeys(measures, v) | dict(evaluations=7) for v in values]  # noqa: E731
     videos = {"SynCoS": make([5.0, 1.0, 9.0]), "Gen-L-Video": make([4.0, 0.0, 8.0])}
@@ -293,7 +319,7 @@ def test_points_of_pictures_by_hand():
         draw(numbers(videos))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -301,6 +327,7 @@ def test_points_of_pictures_by_hand():
 def run_training(monkeypatch, tmp_path):
     """`python -m extras.tiny.train words` in `tmp_path`, with small batches."""
     monkeypatch.setattr(train, "BATCH", 4)
+    monkeypatch.setattr(unet, "BATCH", 16)
 
     def run(*words):
         words = ["train.py", "--device", "cpu", "--work", tmp_path, "--output", tmp_path / "out", *words]
@@ -329,6 +356,40 @@ def test_training_continues_a_checkpoint_and_ends_with_clips_of_its_own(run_trai
     new, old = (load_file(next((folder / "vae").glob("*.safetensors"))) for folder in (tmp_path / "out", CHECKPOINT))
     changed = {k for k in old if not torch.equal(new[k], old[k])}
     assert changed and all(k.startswith("decoder.") for k in changed)  # the encoder stays
+
+
+def test_the_unets_training_writes_a_folder_that_the_adapter_loads_as_it_is(run_training, tmp_path):
+    """Six steps: single frames, runs of 4, clips. The estimate is that of diffusers' U-Net."""
+    run_training("--model", "unet", "--clips", 8, "--steps", 6, "--vae_steps", 1)
+    backbone = VideoCrafter2(str(tmp_path / "out"), guidance_scale=1.0)
+    level = backbone.levels(4)[1]
+    backbone.encode([text := "A red ball in the desert. It jumps."])
+    backbone.load()
+    network = UNet3DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+    text_encoder = CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder", dtype=torch.float32)
+    ids = train.make_tokenizer()(text, padding="max_length", return_tensors="pt").input_ids
+    x = randn(1, 16, 4, 8, 8)
+    with torch.no_grad():
+        eps = network(x.transpose(1, 2), level.t, text_encoder(ids).last_hidden_state).sample.transpose(1, 2)
+    expected = (x - level.sigma * eps) / level.alpha
+    assert maxdiff(backbone.predict_x0(x, level.t, [text]), expected) < 1e-4
+    assert backbone.pipe.vae.config.scaling_factor != 1.0
+    assert len(list(backbone.decode(x[0]))) == 16
+
+
+def test_the_unets_levels_are_the_adapters():
+    alphas, sigmas = unet.levels()
+    for level in VideoCrafter2.make_levels(SCHEDULER, 50)[:-1]:
+        assert (alphas[int(level.t)], sigmas[int(level.t)]) == (pytest.approx(level.alpha), pytest.approx(level.sigma))
+
+
+def test_an_untrained_unet_returns_its_input_with_unit_spread():
+    """Nearly the noise, at high noise."""
+    x, text = randn(2, 4, 16, 8, 8), torch.zeros(2, 16, 64)
+    with torch.no_grad():
+        eps = unet.make_unet()(x, torch.tensor([981, 981]), text).sample
+    normed = x / x.std((1, 3, 4), keepdim=True)
+    assert torch.nn.functional.cosine_similarity(eps.flatten(), normed.flatten(), 0) > 0.9
 
 
 def own_clips(n: int) -> tuple[torch.Tensor, ...]:

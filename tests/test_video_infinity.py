@@ -355,10 +355,11 @@ def test_what_does_not_fit_is_refused():
         VideoInfinity().check(plan_of(frames=14))
     with pytest.raises(ValueError, match="3 events do not fit into 2 clips"):
         VideoInfinity().check(plan_of(2, TEXTS, settings=S.Settings(stride=1)))
-    for name in RECIPES.keys() - {"videocrafter2"}:
-        with pytest.raises(ValueError, match="only videocrafter2"):
+    for name in RECIPES.keys() - {"videocrafter2", "tiny-unet"}:
+        with pytest.raises(ValueError, match="only videocrafter2 and tiny-unet"):
             VideoInfinity().check(Plan(RECIPES[name], TEXTS[:1]))
-    VideoInfinity().check(Plan(RECIPES["videocrafter2"], TEXTS))
+    for name in ("videocrafter2", "tiny-unet"):
+        VideoInfinity().check(Plan(RECIPES[name], TEXTS))
 
 
 def test_demo_end_to_end(unet, tmp_path):

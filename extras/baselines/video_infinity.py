@@ -56,7 +56,8 @@ class VideoInfinity:
         N, least = F // f, max(self.near, REACH)
         if not issubclass(plan.recipe.backbone, VideoCrafter2):
             raise ValueError(
-                "video-infinity needs temporal layers apart from the spatial ones, which only videocrafter2 has."
+                "video-infinity needs temporal layers apart from the spatial ones, which only videocrafter2 and "
+                "tiny-unet have."
             )
         if F % f:
             raise ValueError(

@@ -1,16 +1,17 @@
-"""Measure videos of the tiny world: single clips, and four-event videos whose prompts leave colour and place open.
+"""Measure videos of the tiny world: single clips, and four-event videos whose
+prompts leave colour and place open.
 
     python -m extras.measure.reproduce quality
-        single clips from full captions: how far are they from a clean picture, and how many have the right shape,
-        colour, place and action?
+        single clips from full captions: how far are they from a clean picture, and how many have
+        the right shape, colour, place and action?
     python -m extras.measure.reproduce coherence
-        four-event videos, SynCoS vs. Gen-L-Video or any settings: do the windows show one identity (colour and
-        place), and do they follow their prompts?
+        four-event videos, SynCoS vs. Gen-L-Video or any settings: do the windows show one identity
+        (colour and place), and do they follow their prompts?
     python -m extras.measure.reproduce tables
         the same for the rows of the paper's tables; `extras.measure.plots` plots them
 
-Videos are read by fitting the world's own renderer to their frames. Each result is appended to a file at once, so
-interrupted commands resume.
+Videos are read by fitting the world's own renderer to their frames. Each result is appended to a
+file at once, so interrupted commands resume.
 """
 
 import argparse
@@ -30,11 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones import TINY
 from extras.baselines import Method, Plan
 from extras.measure.evaluate import Watch, consistency, seam_ratio, window_joins
 from extras.methods import METHODS, SynCoS
-from extras.models import get_recipe
+from extras.models import RECIPES, get_recipe
 from extras.tiny import world as W
 from prompts import Story
 from syncos import ABLATIONS, implied_noise, revert, syncos
@@ -53,15 +53,15 @@ def interval(values: list[float]) -> str:
     return "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(values))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model, and what its videos show
 
 
 class TinyModel:
-    """The tiny model, or another of its kind from a folder."""
+    """A tiny model, or another of its kind from a folder."""
 
-    def __init__(self, folder: str, dtype: str):
-        self.recipe = get_recipe("tiny", folder)
+    def __init__(self, folder: str, dtype: str, backbone: str = "tiny"):
+        self.recipe = get_recipe(backbone, folder)
         self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
         self.backbone.load()
         self.fitter = W.Fitter()
@@ -73,24 +73,27 @@ class TinyModel:
         return torch.stack([torch.from_numpy(f) for f in self.backbone.decode(latents)]).permute(0, 3, 1, 2) / 255
 
     def distances(self, video: Tensor) -> list[float]:
-        """Mean square distance of each frame of a clip, T 3 H W, from the picture of the clip's closest fit."""
+        """Mean square distance of each frame, T 3 H W, from the picture of the closest fit."""
         story, motion = self.fitter(video)
         picture = W.render(torch.tensor([story]), self.fitter.refine(video, story, motion)[None])[0]
         return (picture - video).square().mean((1, 2, 3)).tolist()
 
     def read(self, latents: Tensor, windows: list[slice]) -> dict:
-        """What a video shows: the story of each window, the mean square distance of each latent frame from the nearest
-        picture of these stories, its sharpness relative to that picture, the similarity of the windows' middle frames
-        as pictures (noise included), and the values of `Watch`."""
+        """What a video shows: the story of each window, the mean square distance of each
+        latent frame from the nearest picture of these stories, its sharpness relative to
+        that picture, the similarity of the windows' middle frames as pictures
+        (noise included), and the values of `Watch`."""
         watch, fits, motions = Watch(), [], {}
         for frame in (video := self.video(latents)):
             watch(frame.permute(1, 2, 0).mul(255).round().byte().numpy())
+        each = self.recipe.frames_per_latent
         for w in windows:
-            span = slice(4 * w.start, 4 * w.start + W.FRAMES)
-            story, motion = self.fitter(video[span][::4])
+            span = slice(each * w.start, each * (w.stop - 1) + 1)
+            story, motion = self.fitter(video[span][::each])
             fits.append(story)
             looks = motions.setdefault(story[:3], torch.full((len(video), 3), torch.nan))
-            looks[span] = F.interpolate(motion.T[None], W.FRAMES, mode="linear", align_corners=True)[0].T
+            frames = span.stop - span.start
+            looks[span] = F.interpolate(motion.T[None], frames, mode="linear", align_corners=True)[0].T
         nearest, edges = torch.full((len(video),), torch.inf), torch.ones(len(video))
         for look, motion in motions.items():
             at = (~motion.isnan().any(1)).nonzero()[:, 0]
@@ -100,9 +103,9 @@ class TinyModel:
             closer = distance < nearest[at]
             nearest[at[closer]] = distance[closer]
             edges[at[closer]] = (slopes(video[at]) / slopes(picture))[closer]
-        frames = [nearest[:1].mean().item(), *nearest[1:].view(-1, 4).mean(1).tolist()]
-        middles = video[[4 * w.start + W.FRAMES // 2 for w in windows]].flatten(1)
-        seams = seam_ratio(watch.differences, window_joins(windows))
+        frames = [nearest[:1].mean().item(), *nearest[1:].view(-1, each).mean(1).tolist()]
+        middles = video[[each * (w.start + w.stop - 1) // 2 for w in windows]].flatten(1)
+        seams = seam_ratio(watch.differences, window_joins(windows, each))
         return dict(
             fits=fits,
             frames=frames,
@@ -119,12 +122,12 @@ def slopes(video: Tensor) -> Tensor:
     return sum(video.diff(dim=axis).square().mean((1, 2, 3)) for axis in (2, 3))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Single clips
 
 
 def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
-    """Print the quality of n clips of random stories, made ten at a time by plain DDIM in 50 steps."""
+    """Print the quality of n clips of random stories, by plain DDIM in 50 steps, ten at a time."""
     backbone, levels = model.backbone, model.backbone.levels(50)
     for batch in tqdm(range(0, n, 10), desc="clips / 10"):
         key = f"clips {model.name} {batch}"
@@ -154,12 +157,12 @@ def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
         print(f"  {len(right)} clips of {phrase!r}: {shares}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Long videos
 
 
 def scenario(seed: int) -> tuple[Story, list[int], int]:
-    """A four-event story of one shape with colour and place left open, its actions and its shape."""
+    """A four-event story of one shape, colour and place left open; its actions and shape."""
     generator = torch.Generator().manual_seed(10_000 + seed)
     shape = int(torch.randint(len(W.SHAPES), (), generator=generator))
     actions = torch.randperm(len(W.ACTIONS), generator=generator)[:4].tolist()
@@ -167,14 +170,14 @@ def scenario(seed: int) -> tuple[Story, list[int], int]:
 
 
 def consistency_of(labels: Sequence) -> float:
-    """VBench's formula with the windows' labels as features: the cosine of equal labels is 1, else 0."""
+    """VBench's formula on the windows' labels: the cosine of equal labels is 1, else 0."""
     _, index = torch.tensor(labels).unique(dim=0, return_inverse=True)
     return consistency(F.one_hot(index).float())
 
 
 @dataclass(frozen=True)
 class Fading(SynCoS):
-    """SynCoS with a decaying learning rate in stage 2: the settings' value times sigma at each step. [ours]"""
+    """SynCoS with stage 2's learning rate times sigma at each step. [ours]"""
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
         prompts, x = [plan.texts[event] for event in plan.events], latents
@@ -188,9 +191,9 @@ class Fading(SynCoS):
 
 
 def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]:
-    """Plan and method of a scenario. change: the method's name ("method", default syncos) and its fields; "steps",
-    "num_frames"; "structured", whether windows see the global prompt; "fading", to use `Fading`. Raises ValueError or
-    TypeError."""
+    """Plan and method of a scenario. change: the method's name ("method", default syncos) and its
+    fields; "steps", "num_frames"; "structured", whether windows see the global prompt; "fading", to
+    use `Fading`. Raises ValueError or TypeError."""
     change, recipe = dict(change), model.recipe
     name, fading = change.pop("method", "syncos"), change.pop("fading", False)
     structured, steps = change.pop("structured", True), change.pop("steps", recipe.num_inference_steps)
@@ -199,14 +202,15 @@ def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]
         settings = replace(recipe.settings, **change)
         method, recipe = (Fading if fading else SynCoS)(settings), replace(recipe, settings=settings)
     else:
-        method = replace(METHODS[name](recipe.settings), **change)
+        own = replace(recipe.settings, stride=change.pop("stride", recipe.settings.stride))
+        method, recipe = replace(METHODS[name](own), **change), replace(recipe, settings=own)
     plan = Plan(recipe, tuple(scenario(seed)[0].event_prompts(structured)))
     method.check(plan)
     return plan, method
 
 
 def read_change(text: str, model: TinyModel) -> dict:
-    """Parse a method's name, or settings as JSON, into a change for `make_video`. Raises ValueError."""
+    """Parse a method's name, or settings as JSON, for `make_video`. Raises ValueError."""
     if text in METHODS:
         return dict(method=text)
     try:
@@ -217,11 +221,13 @@ def read_change(text: str, model: TinyModel) -> dict:
 
 
 def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Callable) -> dict[str, float]:
-    """Measures and model evaluations of a scenario's video; see `make_video`. All methods get the same noise."""
+    """Measures of a scenario's video; see `make_video`. All methods get the same noise."""
     plan, method = make_video(model, seed, change)
     recipe, backbone, windows, events = plan.recipe, model.backbone, plan.windows, plan.events
     steps, structured = recipe.num_inference_steps, change.get("structured", True)
     key = f"video {model.name} {method} {recipe.num_frames} {steps} {seed}" + " local" * (not structured)
+    if change.get("method", "syncos") != "syncos" and recipe.settings.stride != model.recipe.settings.stride:
+        key += f" stride {recipe.settings.stride}"
     if key not in done:
         backbone.encode(plan.texts)
         backbone.set_levels(plan.levels)
@@ -253,7 +259,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     return values | {"evaluations": method.evaluations(plan, method.steps(plan))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The paper's tables
 
 MEASURES = [  # of the content, and of the pictures
@@ -263,7 +269,7 @@ MEASURES = [  # of the content, and of the pictures
      "seams", "scenes"],
 ]  # fmt: skip
 TABLE_1, TABLE_2, TABLE_3 = (0.8892, 0.9457, 0.354, 0.341), (0.864, 0.927, 0.381), (0.8270, 0.9185, 0.348, 0.325)
-TABLE_5 = (0.864, 0.927, 0.381)
+TABLE_5, TABLE_5_UNET = (0.864, 0.927, 0.381), (0.911, 0.947, 0.365)
 TABLES = {  # row: (change, (the paper's numbers for the row, those for SynCoS in the same table)); the numbers
     # are consistency of subject and background, local and global fidelity (Table 2: one fidelity)
     "SynCoS": ({}, None),
@@ -281,6 +287,12 @@ TABLES = {  # row: (change, (the paper's numbers for the row, those for SynCoS i
     "w/o fixed noise": (ABLATIONS["fixed-noise"], ((0.817, 0.904, 0.382), TABLE_2)),
     "w/o t_min": (ABLATIONS["t-min"], ((0.724, 0.854, 0.373), TABLE_2)),
     "w/o structured prompt": (dict(structured=False), ((0.837, 0.903, 0.362), TABLE_2)),
+}
+TABLES_UNET = {  # the same for tiny-unet; Video-Infinity is read clip by clip
+    "SynCoS": ({}, None),
+    "Gen-L-Video": (dict(method="gen-l-video"), None),
+    "Video-Infinity": (dict(method="video-infinity", stride=16), ((0.879, 0.943, 0.365), TABLE_5_UNET)),
+    "stage 2 alone": (dict(method="stage-2-alone"), None),
 }
 SUMMARY = ["subject consistency", "background consistency", "local fidelity", "identities", "distance x 1000"]
 PAPERS = {  # measure: index of its number. Subject consistency appears twice, as the paper's features see noise too
@@ -316,14 +328,14 @@ def differences(videos: dict[str, list[dict]], name: str, measure: str) -> list[
 
 
 def papers_pair(row: tuple, measure: str) -> tuple[float, float] | None:
-    """The paper's numbers for a row of TABLES and for SynCoS in the same table; None if it has none."""
+    """The paper's numbers for a row of TABLES and for SynCoS in the same table, or None."""
     k = PAPERS.get(measure, math.inf)
     return (row[1][0][k], row[1][1][k]) if row[1] and k < len(row[1][0]) else None
 
 
 def print_tables(videos: dict[str, list[dict]], rows: dict[str, tuple]) -> None:
-    """Print Markdown tables: a summary, the rows' means, and their differences from the first row per scenario, with
-    the paper's numbers and the verdict where there are some."""
+    """Print Markdown tables: a summary, the rows' means, and their differences from the first row
+    per scenario, with the paper's numbers and the verdict where there are some."""
     first, *others = rows
     head = lambda measures: f"| | {' | '.join(measures)} |\n" + "|---" * (len(measures) + 1) + "|"  # noqa: E731
     print(f"{len(videos[first])} scenarios of four events; means\n\n{head(['evaluations', *SUMMARY])}")
@@ -352,7 +364,8 @@ SEEDS = dict(coherence=(100, 120), tables=(110, 170))  # settings are chosen on 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["quality", "coherence", "tables"])
-    parser.add_argument("--model", default=TINY.model, help="another tiny model's folder")
+    parser.add_argument("--backbone", choices=["tiny", "tiny-unet"], default="tiny", help="(default: %(default)s)")
+    parser.add_argument("--model", help="the folder of another model of that kind")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
     parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
@@ -361,13 +374,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the scenarios")
     parser.add_argument("--results", type=Path, default=Path("reproduce.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
-    model = TinyModel(args.model, args.dtype)
+    model = TinyModel(args.model or RECIPES[args.backbone].model, args.dtype, args.backbone)
     try:
         rows = {method: (read_change(method, model), None) for method in args.methods}
     except ValueError as error:
         parser.error(f"--methods: {error}")
     if args.what == "tables":
-        rows = TABLES
+        rows = TABLES_UNET if args.backbone == "tiny-unet" else TABLES
 
     if args.what != "quality":
         first, last = args.scenarios or SEEDS[args.what]

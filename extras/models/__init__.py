@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backbones import COGVIDEOX_2B, COGVIDEOX_5B, OPENSORA_PLAN, TINY, Recipe
+from extras.models.tiny_unet import TINY_UNET
 from extras.models.videocrafter2 import VIDEOCRAFTER2
 from extras.models.wan import WAN
 
@@ -14,11 +15,12 @@ RECIPES = {
     "opensora-plan": OPENSORA_PLAN,
     "wan": WAN,
     "videocrafter2": VIDEOCRAFTER2,
+    "tiny-unet": TINY_UNET,
 }
 
 
 def get_recipe(name: str, model: str | None = None) -> Recipe:
-    """The recipe of a backbone; for a `model` other than its own, with that model's window and schedule.
+    """The recipe of a backbone; with another `model`, that model's window and schedule.
 
     Raises ValueError if the backbone or the model does not exist. Loads no weights.
     """

@@ -1,8 +1,9 @@
-"""VideoCrafter2: the adapter, and the loader of its release into the classes of diffusers and transformers.
+"""VideoCrafter2: adapter, and loader of its release into diffusers and transformers.
 
-The release is one checkpoint with three networks. The video network *is* diffusers' UNet3DConditionModel, so a table of
-names is enough (facts of the official code: github.com/AILab-CVC/VideoCrafter, 11bcd76). Text encoder and VAE are those
-of Stable Diffusion 2, which diffusers converts.
+The release is one checkpoint with three networks. The video network *is* diffusers'
+UNet3DConditionModel, so a table of names is enough (facts of the official code:
+github.com/AILab-CVC/VideoCrafter, 11bcd76). Text encoder and VAE are those of Stable
+Diffusion 2, which diffusers converts.
 """
 
 import re
@@ -28,8 +29,14 @@ SCHEDULER = dict(
 )
 
 
+def signal_scale(t: int) -> float:
+    """s(t) of the authors' `use_scale`: x_t = s(t) sqrt(abar) x0 + sqrt(1 - abar) eps. It falls
+    from 1 at t = 0 to 0.7 at t = 399 and stays there."""
+    return 1 - 0.3 * min(max(t, 0), 399) / 399
+
+
 class VideoCrafter2(Backbone):
-    """VideoCrafter2: the release's model.ckpt (hub id, folder or file), or a folder in diffusers' format.
+    """VideoCrafter2: the release's model.ckpt (hub id, folder or file), or a diffusers folder.
 
     A U-Net that predicts eps. One latent frame is one video frame, so nothing is causal.
     """
@@ -41,7 +48,7 @@ class VideoCrafter2(Backbone):
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
-        """Check that the model exists. Returns nothing: neither checkpoint nor network states a window or a size."""
+        """Check that the model exists. Returns nothing: no file states a window or a size."""
         try:
             find_checkpoint(model, dry_run=True)
         except (OSError, ValueError) as error:
@@ -59,10 +66,10 @@ class VideoCrafter2(Backbone):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """The authors' uniform timesteps, t = 981, 961, ..., 1, which start below pure noise and end above zero noise.
+        """The authors' uniform timesteps, t = 981, 961, ..., 1, which start below
+        pure noise and end above zero noise.
 
-        The authors also scale the signal (`use_scale`): x_t = s(t) sqrt(abar) x0 + sqrt(1 - abar) eps. s falls from 1
-        at t = 0 to 0.7 at t = 399 and stays there. So alpha^2 + sigma^2 < 1; nothing in syncos.py needs it to be 1.
+        With the signal's scale alpha^2 + sigma^2 < 1; nothing in syncos.py needs it to be 1.
         """
         from diffusers import DDIMScheduler
 
@@ -71,14 +78,18 @@ class VideoCrafter2(Backbone):
         ddim = DDIMScheduler(**scheduler)
         ddim.set_timesteps(steps)
         levels = diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
-        scale = lambda t: 1 - 0.3 * min(max(t, 0), 399) / 399  # noqa: E731
-        return [Level(t, scale(t) * alpha, sigma) for t, alpha, sigma in levels]
+        return [Level(t, signal_scale(t) * alpha, sigma) for t, alpha, sigma in levels]
 
     def load_pipe(self, *parts: str) -> Any:
         return load_pipe(self.model, self.dtype, parts)
 
+    def check_lengths(self, tokenizer: Any, prompts: Sequence[str]) -> None:
+        self.text_length = min(self.text_length, tokenizer.model_max_length)  # 77, but in small models
+        super().check_lengths(tokenizer, prompts)
+
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
-        """The penultimate layer's states of 77 tokens, unmasked. OpenCLIP pads with 0, a word in other tokenizers."""
+        """The penultimate layer's states of 77 tokens, unmasked. OpenCLIP pads
+        with 0, a word in other tokenizers."""
         ids = pipe.tokenizer(text, truncation=True, max_length=self.text_length).input_ids
         ids = torch.tensor([ids + [0] * (self.text_length - len(ids))], device=self.device)
         return (pipe.text_encoder(ids).last_hidden_state[0],)  # 77 D
@@ -112,7 +123,7 @@ VIDEOCRAFTER2 = Recipe(
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 CHECKPOINT = "model.ckpt"
@@ -160,7 +171,7 @@ INNER = {  # in a ResBlock; the names in transformers and temporal convolutions 
 
 
 def unet_key(key: str, layers: int) -> str:
-    """UNet3DConditionModel's name for a parameter of the official U-Net with `layers` ResBlocks per level."""
+    """UNet3DConditionModel's name for a parameter of the official U-Net, `layers` per level."""
     for official, name in OUTER.items():
         if key.startswith(official + "."):
             return name + key.removeprefix(official)
@@ -184,7 +195,8 @@ def unet_key(key: str, layers: int) -> str:
     return f"{block}.{['resnets', 'attentions', 'temp_attentions'][slot]}.{layer}.{rest}"
 
 
-# Each function creates a network without memory for its parameters, and renames the checkpoint's tensors to fit.
+# Each function creates a network without memory for its parameters, and renames the checkpoint's
+# tensors to fit.
 
 
 def build_unet(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -217,7 +229,8 @@ def build_text_encoder(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, T
 
 @torch.no_grad()
 def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
-    """Load one of the networks: unet, vae or text_encoder. Raises ValueError if a key is missing or does not fit."""
+    """Load one of the networks: unet, vae or text_encoder. Raises ValueError if a
+    key is missing or does not fit."""
     from accelerate import init_empty_weights
 
     from extras.ports.loading import check_fit, fill, read_checkpoint
@@ -239,7 +252,8 @@ def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def fold_fps(unet: nn.Module) -> None:
-    """Fold the frame rate's embedding, which is added to the timestep's, into a bias: it is the same for all inputs.
+    """Fold the frame rate's embedding, which is added to the timestep's, into a
+    bias: it is the same for all inputs.
 
     Done in float32, before the weights become half precision.
     """
@@ -249,7 +263,8 @@ def fold_fps(unet: nn.Module) -> None:
 
 
 def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
-    """Find model.ckpt: a file, in a folder or on the hub (dry_run: only check). None for a folder in diffusers' format.
+    """Find model.ckpt: a file, in a folder or on the hub (dry_run: only check). None
+    for a folder in diffusers' format.
 
     Raises OSError or ValueError if it is none of these.
     """
@@ -266,8 +281,9 @@ def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
 
 
 def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Any:
-    """Load some parts of the release, or of a folder in diffusers' format: unet (the fps in its bias), vae,
-    text_encoder (23 layers), tokenizer. The tokenizer is the folder's own tokenizer/ if it has one, else TOKENIZER.
+    """Load some parts of the release, or of a folder in diffusers' format: unet
+    (the fps in its bias), vae, text_encoder (23 layers), tokenizer. The tokenizer is the folder's
+    own tokenizer/ if it has one, else TOKENIZER.
 
     Raises OSError or ValueError if something is missing or does not fit.
     """

@@ -1,40 +1,39 @@
-"""Train the tiny CogVideoX from scratch: renderer -> VAE -> latents -> transformer with its text encoder -> transformer
-and decoder again, on clips that they generate -> checkpoint.
+"""Train a tiny model from scratch: renderer -> VAE -> latents -> network with its text encoder ->
+network and decoder again, on clips that they generate -> checkpoint.
 
-    python -m extras.tiny.train                # everything; if interrupted, the same command resumes
-    python -m extras.tiny.train --init extras/tiny/checkpoint --lr 1e-3 --steps 2500    # without the VAE
+    python -m extras.tiny.train                 # CogVideoX; if interrupted, the command resumes
+    python -m extras.tiny.train --model unet    # VideoCrafter2, without the second round
+    python -m extras.tiny.train --init extras/tiny/checkpoint --lr 1e-3 --steps 2500
+                                                # CogVideoX, from an earlier VAE and transformer
 
-Intermediate results are in extras/tiny/work/ (not in git). The result, a pipeline in diffusers format, is
-extras/tiny/checkpoint/.
+Intermediate results are in extras/tiny/work/ (not in git). The result, a pipeline in diffusers
+format, is extras/tiny/checkpoint/ or extras/tiny/checkpoint-unet/.
 """
 
 import argparse
-import math
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
-from extras.tiny.world import (
-    FRAMES,
-    SIZE,
-    Fitter,
-    backgrounds,
-    caption,
-    render,
-    sample_motion,
-    sample_stories,
-    vocabulary,
+from extras.tiny import unet
+from extras.tiny.fit import (
+    TOKENS,
+    clips,
+    draw,
+    fit,
+    make_tokenizer,
+    mixed_precision,
+    omit_words,
+    weighed,
+    weighed_square,
 )
+from extras.tiny.world import FRAMES, SIZE, Fitter, caption, sample_stories
 
-TOKENS = 16  # text tokens per prompt, including end mark and padding
 BATCH = 16  # whole clips per step of the transformer
 HERE = Path(__file__).parent
 
@@ -55,7 +54,8 @@ def make_vae() -> AutoencoderKLCogVideoX:
 
 
 def make_transformer() -> CogVideoXTransformer3DModel:
-    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128: 13 x 4 x 4 = 208 tokens per window."""
+    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128:
+    13 x 4 x 4 = 208 tokens per window."""
     return CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -69,18 +69,6 @@ def make_transformer() -> CogVideoXTransformer3DModel:
         sample_frames=FRAMES,
         max_text_seq_length=TOKENS,
         spatial_interpolation_scale=1.0,
-    )
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world, lower-cased; `</s>` ends a prompt; every other word is `<unk>`."""
-    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TOKENS
     )
 
 
@@ -107,121 +95,20 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
     )
 
 
-def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """n random stories (n, 4), their video (n, 3, frames, SIZE, SIZE) in [-1, 1], and the object's mask (0 or 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    stories = sample_stories(n, generator)
-    start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
-    return stories, *draw(stories, sample_motion(stories, generator)[:, start : start + frames])
-
-
-def draw(stories: torch.Tensor, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stories (n, 4) and motion (n, T, 3) as a video (n, 3, T, SIZE, SIZE) in [-1, 1], and the object's mask."""
-    video = render(stories, motion)
-    mask = (video - backgrounds()[stories[:, 2]][:, None]).abs().amax(2, keepdim=True) > 0.02
-    return video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
-
-
 def to_cells(mask: torch.Tensor) -> torch.Tensor:
-    """The object's mask (n, 1, T, SIZE, SIZE) -> the fraction of video frames in which the object touches a latent cell
-    (n, F, 1, 8, 8)."""
+    """The object's mask (n, 1, T, SIZE, SIZE) -> the fraction of video frames in which the object
+    touches a latent cell (n, F, 1, 8, 8)."""
     mask = F.max_pool3d(mask, (1, 8, 8))
     return torch.cat([mask[:, :, :1], F.avg_pool3d(mask[:, :, 1:], (4, 1, 1))], 2).transpose(1, 2)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by five Newton-Schulz iterations: torch.optim.Muon in float32, for processors on which
-    bfloat16 is slow."""
-
-    def __init__(self, params: list[torch.Tensor], lr: float):
-        super().__init__(params, dict(lr=lr))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                x = p.grad.lerp(momentum, 0.95)
-                tall = p.shape[0] > p.shape[1]
-                x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
-                for _ in range(5):
-                    g = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * g + 2.0315 * g @ g) @ x
-                p.add_(x.T if tall else x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where it is fast."""
-    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-
-def fit(
-    name: str,
-    modules: list[torch.nn.Module],
-    loss_at: Callable[[int], torch.Tensor],
-    steps: int,
-    lr: float,
-    work: Path,
-    ema: float,
-) -> None:
-    """Minimise `loss_at(step)`: Muon for the matrices of transformer blocks, AdamW for the rest, warm-up, cosine decay.
-
-    Leaves the running average of the weights in the modules. Saves its state every two minutes and resumes from it.
-    """
-    params = [p.requires_grad_(True) for m in modules for p in m.parameters()]
-    blocks = [m.transformer_blocks for m in modules if hasattr(m, "transformer_blocks")]
-    matrices = [p for block in blocks for p in block.parameters() if p.ndim == 2]
-    others = [p for p in params if not any(p is q for q in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr))
-    average = [p.detach().clone() for p in params]
-
-    path, start, saved = work / f"{name}.pt", 0, time.time()
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        start = state["step"]
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
-        for p, a, value, mean in zip(params, average, state["params"], state["average"]):
-            p.data.copy_(value), a.copy_(mean)
-
-    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10)
-    for step in bar:
-        loss = loss_at(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-            optimizer.step()
-            optimizer.zero_grad()
-        keep = min(ema, (step + 1) / (step + 10))
-        for p, a in zip(params, average):
-            a.lerp_(p.detach(), 1 - keep)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if time.time() - saved > 120 or step == steps - 1:
-            state = dict(step=step + 1, params=[p.detach() for p in params], average=average)
-            torch.save(state | dict(optimizers=[o.state_dict() for o in optimizers]), path.with_suffix(".new"))
-            os.replace(path.with_suffix(".new"), path)
-            saved = time.time()
-    for p, a in zip(params, average):
-        p.data.copy_(a)
-    for m in modules:
-        m.eval().requires_grad_(False)
-
-
-def weighed(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of |error| + error^2, with eleven times the weight on the object."""
-    return ((1 + 10 * mask) * (error.abs() + error**2)).mean()
-
-
 def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path) -> None:
-    """Train on single frames, then on clips of 9 and 17 frames (one and two of the VAE's own pieces).
+    """Train on single frames, then on clips of 9 and 17 frames
+    (one and two of the VAE's own pieces).
 
-    The object's pixels weigh more because they are few. The KL term grows until the latents' noise is about 0.15 of
-    their spread; with less, the encoder may encode the object so faintly that diffusion never sees it.
+    The object's pixels weigh more because they are few. The KL term grows until the latents'
+    noise is about 0.15 of their spread; with less, the encoder may encode the object so
+    faintly that diffusion never sees it.
     """
 
     def loss_at(step):
@@ -238,14 +125,15 @@ def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLCogVideoX, video: torch.Tensor) -> torch.Tensor:
-    """Video (n, 3, 49, SIZE, SIZE) in [-1, 1] -> latents (n, 13, 8, 8, 8), not scaled, on the CPU."""
+    """Video (n, 3, 49, SIZE, SIZE) in [-1, 1] -> latents
+    (n, 13, 8, 8, 8), not scaled, on the CPU."""
     with mixed_precision(vae.device):
         return vae.encode(video.to(vae.device)).latent_dist.mode().transpose(1, 2).float().cpu()
 
 
 def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path) -> tuple[torch.Tensor, ...]:
-    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, their stories (n, 4), and the object's cells (see
-    `to_cells`); cached in a file."""
+    """n clips as latents (n, 13, 8, 8, 8), scaled to unit variance, their stories (n, 4), and the
+    object's cells (see `to_cells`); cached in a file."""
     path = work / "latents.pt"
     if not path.exists():
         latents, stories, masks = [], [], []
@@ -263,15 +151,12 @@ def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path) -> tuple[torch
 def error_of_v(
     models: tuple, x: torch.Tensor, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add noise of timesteps t (n) to x (n, F, 8, 8, 8); return the predicted v minus the one that leads to x0, and
-    sigma (n, 1, 1, 1, 1). models: transformer, text encoder, tokenizer, scheduler.
-
-    Captions omit the colour (30 %), the place (30 %), the whole subject (10 %) or everything (10 %, for guidance).
+    """Add noise of timesteps t (n) to x (n, F, 8, 8, 8); return the predicted v minus the one that
+    leads to x0, and sigma (n, 1, 1, 1, 1). models: transformer, text encoder, tokenizer, scheduler.
     """
     transformer, text_encoder, tokenizer, scheduler = models
     n, device = len(x), transformer.device
-    kept = torch.rand(n, 4, generator=generator) > torch.tensor([0.3, 0.3, 0.1, 0.1])
-    words = [caption(story, c, b, s) if k else "" for story, (c, b, s, k) in zip(stories, kept.tolist())]
+    words = omit_words(stories, generator)
     ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     level = scheduler.alphas_cumprod[t].float().view(n, 1, 1, 1, 1)
     alpha, sigma = level.sqrt(), (1 - level).sqrt()
@@ -282,10 +167,8 @@ def error_of_v(
     return v - target, sigma
 
 
-def weighed_square(error: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """Mean square, with five times the weight on the object, because most of a clip is background."""
-    weight = 1 + 4 * cells.to(error.device)
-    return (weight * error**2).mean() / weight.mean()
+def matrices(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Parameter]:
+    return [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2]
 
 
 def train_transformer(
@@ -293,9 +176,9 @@ def train_transformer(
 ) -> None:
     """Train by v-prediction: on many first frames, then on short clips, then on whole ones.
 
-    With few video tokens the model learns what the words mean within minutes; with 208 of them it takes hours. The last
-    third samples more low noise, where the outlines are drawn. `last`: train as in the last third throughout, for a
-    model that knows the words.
+    With few video tokens the model learns what the words mean within minutes; with 208 of them it
+    takes hours. The last third samples more low noise, where the outlines are drawn. `last`: train
+    as in the last third throughout, for a model that knows the words.
     """
     latents, stories, masks = data
 
@@ -309,13 +192,14 @@ def train_transformer(
         error, _ = error_of_v(models, x0, x0, stories[pick], t, generator)
         return weighed_square(error, masks[pick, :frames])
 
-    fit("transformer", list(models[:2]), loss_at, steps, lr, work, ema=0.998)
+    fit("transformer", list(models[:2]), loss_at, steps, lr, work, 0.998, matrices(models[0]))
 
 
 @torch.no_grad()
 def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor, ...]:
-    """About n clips generated by the transformer: their latents (m, 13, 8, 8, 8), and for the clean clips that fit them
-    best, the latents, stories (m, 4), motions (m, 49, 3) and the object's cells (see `to_cells`).
+    """About n clips generated by the transformer: their latents (m, 13, 8, 8, 8), and for
+    the clean clips that fit them best, the latents, stories (m, 4), motions (m, 49, 3) and
+    the object's cells (see `to_cells`).
 
     Omits clips with another shape, colour or place than the caption's. Cached in a file."""
     path, fitter = work / "own.pt", Fitter()
@@ -346,8 +230,9 @@ def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor
 def tune_transformer(
     models: tuple, data: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...], steps: int, work: Path
 ) -> None:
-    """Teach the transformer to predict, at low noise, the clean clips that best fit its own, and so to correct what it
-    drew wrong at higher noise. Every second clip is from the world, as before."""
+    """Teach the transformer to predict, at low noise, the clean clips that best
+    fit its own, and so to correct what it drew wrong at higher noise. Every second
+    clip is from the world, as before."""
     latents, stories, masks = data
     own_latents, clean, own_stories, _, own_masks = own
 
@@ -361,12 +246,13 @@ def tune_transformer(
         error[BATCH // 2 :] *= sigma[BATCH // 2 :]  # error of x0, because v's diverges as the noise vanishes
         return weighed_square(error, torch.cat([masks[pick], own_masks[mine]]))
 
-    fit("mending", list(models[:2]), loss_at, steps, 1e-3, work, ema=0.995)
+    fit("mending", list(models[:2]), loss_at, steps, 1e-3, work, 0.995, matrices(models[0]))
 
 
 def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path) -> None:
-    """Teach the decoder the transformer's latents, which differ slightly from the encoder's: it learns to draw the
-    clean picture that best fits them. Every second clip is from the world, so it stays the encoder's inverse."""
+    """Teach the decoder the transformer's latents, which differ slightly from the encoder's: it
+    learns to draw the clean picture that best fits them. Every second clip is from the world, so it
+    stays the encoder's inverse."""
     (latents, _, stories, motions, _), device = own, vae.device
 
     def loss_at(step):
@@ -386,23 +272,35 @@ def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], ste
     fit("decoder", [vae.decoder], loss_at, steps, 1e-3, work, ema=0.995)
 
 
+DEFAULTS = {
+    "cogvideox": dict(vae_steps=3500, steps=9000, output=HERE / "checkpoint", work=HERE / "work"),
+    "unet": dict(vae_steps=3000, steps=10800, output=HERE / "checkpoint-unet", work=HERE / "work" / "unet"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(DEFAULTS), default="cogvideox")
     parser.add_argument("--init", type=Path, help="a checkpoint's folder: keep its VAE, train its transformer further")
-    parser.add_argument("--vae_steps", type=int, default=3500)
+    parser.add_argument("--vae_steps", type=int)
     parser.add_argument("--clips", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=9000, help="for the transformer")
+    parser.add_argument("--steps", type=int, help="for the network")
     parser.add_argument("--own_clips", type=int, default=1024, help="to tune both on; 0: no tuning")
     parser.add_argument("--own_steps", type=int, default=2000, help="to tune the transformer")
     parser.add_argument("--decoder_steps", type=int, default=2000, help="to tune the decoder")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="for the transformer")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="for the network")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, default=HERE / "work")
-    parser.add_argument("--output", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.set_defaults(**DEFAULTS[parser.parse_known_args()[0].model])
     args = parser.parse_args()
+    if args.init and args.model == "unet":
+        parser.error("--init continues a CogVideoX only.")
     args.work.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
+    if args.model == "unet":
+        return unet.train(args)
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
     if args.init:
         pipe = CogVideoXPipeline.from_pretrained(args.init, torch_dtype=torch.float32)

@@ -1,0 +1,206 @@
+"""The second tiny model, in VideoCrafter2's form: a U-Net that predicts eps in windows of 16
+frames, an image VAE frame by frame, CLIP's text encoder.
+`python -m extras.tiny.train --model unet` trains it."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from extras.models.videocrafter2 import SCHEDULER, signal_scale
+from extras.tiny.fit import (
+    TOKENS,
+    clips,
+    fit,
+    make_tokenizer,
+    mixed_precision,
+    omit_words,
+    weighed,
+    weighed_square,
+)
+from extras.tiny.world import FRAMES, SIZE
+
+WINDOW = slice(1, FRAMES, 3)  # 16 frames, evenly spaced over a clip of the world
+BATCH = 128  # frames per step of the U-Net
+
+
+def make_vae() -> AutoencoderKL:
+    """8x in space, 4 channels: a frame of 64x64 becomes a latent of 4 x 8 x 8."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 64),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=1.0,  # measured after training
+    )
+
+
+def make_text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=None,
+            eos_token_id=1,  # as in `make_tokenizer`
+            pad_token_id=0,
+        )
+    )
+
+
+def make_unet() -> UNet3DConditionModel:
+    """Two levels, cross-attention in the lower one. At first eps is the input,
+    divided by its spread in each frame.
+
+    This is nearly right at high noise. One half of it passes through the first skip connection, the
+    other half is its negative, since SiLU(x) - SiLU(-x) = x and since a group of both keeps its
+    mean through the last GroupNorm.
+    """
+    unet = UNet3DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        attention_head_dim=8,
+    )
+    eye = torch.eye(4)
+    pair = torch.cat([eye, -eye])  # 8 x 4
+    shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut.weight.data  # 64 x (64 from below + 64 of conv_in)
+    with torch.no_grad():
+        unet.conv_in.weight[:8] = 0
+        unet.conv_in.weight[:8, :, 1, 1] = pair
+        unet.conv_in.bias[:8] = 0
+        shortcut[:8] = 0
+        shortcut[:8, 64:72, 0, 0] = torch.eye(8)
+        unet.conv_out.weight.mul_(0.1)
+        unet.conv_out.weight[:, :8] = 0
+        unet.conv_out.weight[:, :8, 1, 1] = pair.T
+    return unet.eval()  # its dropout only slows a model that is far from memorising
+
+
+def levels() -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and sigma of the release's 1000 timesteps, with its signal scale."""
+    cumulated = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    scale = torch.tensor([signal_scale(t) for t in range(1000)])
+    return scale * cumulated.sqrt(), (1 - cumulated).sqrt()
+
+
+def train_vae(vae: AutoencoderKL, steps: int, work: Path) -> None:
+    """Train on single frames. The object's pixels weigh more because they are few."""
+
+    def loss_at(step):
+        video, mask = (x[:, :, 0].to(vae.device) for x in clips(32, 1, seed=step)[1:])
+        with mixed_precision(vae.device):
+            posterior = vae.encode(video).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        kl = posterior.kl().sum() / posterior.mean.numel()
+        return weighed(decoded - video, mask) + 0.02 * min(1, 2 * step / steps) * kl
+
+    fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKL, n: int, work: Path) -> tuple[torch.Tensor, ...]:
+    """n clips as latents (n, 16, 4, 8, 8), scaled to unit variance, their stories (n, 4), and the
+    object's cells (n, 16, 1, 8, 8); cached in a file."""
+    path = work / "latents.pt"
+    if not path.exists():
+        latents, stories, masks = [], [], []
+        for seed in tqdm(range(n // 8), desc="latents", mininterval=10):
+            story, video, mask = clips(8, FRAMES, seed=10**6 + seed)
+            frames = video[:, :, WINDOW].transpose(1, 2).flatten(0, 1).to(vae.device)
+            with mixed_precision(vae.device):
+                latent = vae.encode(frames).latent_dist.mode().cpu().unflatten(0, (8, -1))
+            latents.append(latent.half()), stories.append(story)
+            masks.append(F.max_pool3d(mask[:, :, WINDOW], (1, 8, 8)).transpose(1, 2).half())
+        torch.save([torch.cat(x) for x in (latents, stories, masks)], path)
+    latents, stories, masks = torch.load(path, weights_only=True)
+    vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 4))
+    return latents.float() * vae.config.scaling_factor, stories, masks.float()
+
+
+def error_of_eps(
+    models: tuple, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The error of the predicted eps, divided by alpha as if the model predicted v: else what
+    eps says about x0 at high noise hardly counts. x0: (n, F, 4, 8, 8); t: n timesteps."""
+    unet, text_encoder, tokenizer = models
+    alpha, sigma = (level[t].view(-1, 1, 1, 1, 1) for level in levels())
+    words = omit_words(stories, generator)
+    ids = tokenizer(words, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    eps = torch.randn(x0.shape, generator=generator)
+    x = alpha * x0 + sigma * eps
+    x, eps, alpha, ids, t = (y.to(unet.device) for y in (x, eps, alpha, ids, t))
+    with mixed_precision(unet.device), sdpa_kernel(SDPBackend.MATH):  # faster for 16 frames or cells
+        text = text_encoder(ids).last_hidden_state
+        guess = unet(x.transpose(1, 2), t, text).sample.transpose(1, 2).float()
+    return (guess - eps) / alpha
+
+
+def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: float, work: Path) -> None:
+    """First pictures, then actions (46 % of the steps). models: U-Net, text encoder, tokenizer.
+
+    Pictures: single frames, then runs of 4 frames, then clips; the last third samples more low
+    noise. The model then draws clean clips that move, but not as they are told.
+    Actions: 3 frames from all over a clip, then 4, 8 and 16. The U-Net knows a frame's position
+    only from where its temporal convolutions meet the ends of the clip. With 3 frames these are
+    near, and it learns within minutes what "grows" means, and "left" and "right", which take
+    longest, when they are frequent. Most draws are at high noise, where actions are decided. (With
+    2 frames, oneDNN's bfloat16 gradients are not finite.)
+    """
+    latents, stories, masks = data
+    rounds = round(0.54 * steps), round(0.46 * steps)
+
+    def loss(seed, frames, apart, draw_t, weights=(1.0, 1, 1, 1, 1)):
+        n, generator = BATCH // frames, torch.Generator().manual_seed(seed)
+        span = (frames - 1) * apart + 1
+        first = int(torch.randint(17 - span, (), generator=generator))
+        pick = torch.multinomial(torch.tensor(weights)[stories[:, 3]], n, replacement=True, generator=generator)
+        t = (1000 * draw_t(torch.rand(n, generator=generator))).long().clamp(max=999)
+        x0, cells = (x[pick, first : first + span : apart] for x in (latents, masks))
+        return weighed_square(error_of_eps(models, x0, stories[pick], t, generator), cells)
+
+    def pictures(step):
+        done = step / rounds[0]
+        frames = 16 if done > 0.3 else 4 if done > 0.15 else 1
+        return loss(step, frames, 1, lambda u: u**2 if done > 0.67 else u)
+
+    def actions(step):
+        done = step / rounds[1]
+        frames, apart = (16, 1) if done > 0.48 else (8, 2) if done > 0.38 else (4, 5) if done > 0.3 else (3, 7)
+        high = 0.6 if frames == 16 else 0.85  # share of draws in the uppermost 300 timesteps
+        draw_t = lambda u: torch.where(u < high, 1 - 0.3 * u / high, ((u - high) / (1 - high)) ** 2)  # noqa: E731
+        return loss(10**7 + step, frames, apart, draw_t, (1.0, 1, 1, 1, 1) if frames == 16 else (4.0, 4, 1, 1, 1))
+
+    unet, text_encoder, _ = models
+    matrices = [p for name, p in unet.named_parameters() if "block" in name and p.ndim > 1]
+    for name, loss_at, count, rate in zip(("pictures", "actions"), (pictures, actions), rounds, (lr, 0.8 * lr)):
+        fit(name, [unet, text_encoder], loss_at, count, rate, work, 0.998, matrices)
+
+
+def train(args) -> None:
+    """Train everything and write a folder in diffusers' format. args: those of train.py."""
+    vae, unet, text_encoder, tokenizer = make_vae(), make_unet(), make_text_encoder(), make_tokenizer()
+    for model in (vae, unet, text_encoder):
+        model.to(args.device)
+    train_vae(vae, args.vae_steps, args.work)
+    data = encode_clips(vae, args.clips, args.work)
+    train_unet((unet, text_encoder, tokenizer), data, args.steps, args.lr, args.work)
+    for name, model in dict(vae=vae, unet=unet, text_encoder=text_encoder).items():
+        model.half().save_pretrained(args.output / name)
+    tokenizer.save_pretrained(args.output / "tokenizer")
