@@ -198,6 +198,18 @@ def test_what_is_read_of_a_video_sees_smears_blur_noise_and_a_change_of_place(ti
     assert moved["pictures"] < clean["pictures"] - 0.1 and moved["fits"][1][2] == 2
 
 
+def test_a_model_without_temporal_compression_is_read_frame_by_frame(tiny_unet):
+    """A rendered video of two windows of 16 frames; Video-Infinity's plan is its own clips."""
+    x = torch.linspace(0.25, 0.75, 24)
+    motion = torch.stack([x, torch.full_like(x, W.GROUND - W.RADIUS), torch.ones_like(x)], -1)
+    model = copy(tiny_unet)
+    model.video = lambda latents: W.render(torch.tensor([[0, 1, 1, 0]]), motion[None])[0]
+    seen = model.read(None, [slice(0, 16), slice(8, 24)])
+    assert seen["fits"] == [(0, 1, 1, 0)] * 2 and len(seen["frames"]) == 24 and max(seen["frames"]) < 1e-4
+    plan, _ = R.make_video(tiny_unet, 0, R.TABLES_UNET["Video-Infinity"][0])
+    assert plan.windows == [slice(k, k + 16) for k in (0, 16, 32, 48)] and plan.events == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("change, count", [
     (dict(csd_iters=2), 250 + 17 * 2 * 4),
     (dict(method="gen-l-video"), 250),
