@@ -200,7 +200,7 @@ class Backbone:
 
     @torch.no_grad()
     def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """SynCoS's contract: noisy windows B x f x C x H x W in, clean estimates out, float32."""
+        """SynCoS's contract: noisy windows B x f x C x H x W in, guided x0 out, both float32."""
         return to_x0(self.guided(latents, torch.tensor([t]), prompts), latents, self.at[t], self.prediction)
 
     @torch.no_grad()
@@ -281,7 +281,7 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 
 def check_channels(model: str, config: Mapping) -> None:
-    """Raises ValueError for networks with more inputs than the noisy latent, as for images."""
+    """Raises ValueError for networks that take more than the noisy latent (image-to-video)."""
     given, made = config.get("in_channels"), config.get("out_channels")
     if given != made:
         raise ValueError(

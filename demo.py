@@ -223,7 +223,7 @@ def latents_file(args: argparse.Namespace) -> Path:
 
 
 def keeps_state(args: argparse.Namespace) -> bool:
-    """Save after every step? Several processes always do: one that dies stops the others."""
+    """Save after every step? Several processes always do: if one dies, the others cannot."""
     return bool(args.state or args.resume or runs.several_processes())
 
 

@@ -151,7 +151,7 @@ def sample(
 
 
 def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) -> None:
-    """A contact sheet of the estimate so far: the middle frame of each event.
+    """A contact sheet of the estimate: each event's middle frame, decoded from three latents.
 
     If that fails, for lack of memory or at values that are not
     finite, it says so and the run continues.

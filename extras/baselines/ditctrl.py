@@ -130,7 +130,7 @@ def ditctrl(
 
     predict_x0: as in syncos.py; predict_pairs: the same for source and target in turn, where each
     target uses its source's keys and values; latents: the initial noise, F x C x H x W, float32;
-    texts: one per window, mixed ones too; generator: on the CPU, for the SDE. callback, start, x0:
+    texts: one per window, some mixed; generator: on the CPU, for the SDE. callback, start, x0:
     as for `syncos.syncos`.
     Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit
     together.

@@ -84,12 +84,12 @@ class VideoCrafter2(Backbone):
         return load_pipe(self.model, self.dtype, parts)
 
     def check_lengths(self, tokenizer: Any, prompts: Sequence[str]) -> None:
-        self.text_length = min(self.text_length, tokenizer.model_max_length)  # 77, but in small models
+        self.text_length = min(self.text_length, tokenizer.model_max_length)  # less in a small model
         super().check_lengths(tokenizer, prompts)
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
-        """The penultimate layer's states of 77 tokens, unmasked. OpenCLIP pads
-        with 0, a word in other tokenizers."""
+        """The penultimate layer's states of `text_length` tokens, unmasked. OpenCLIP pads with 0,
+        a word in other tokenizers."""
         ids = pipe.tokenizer(text, truncation=True, max_length=self.text_length).input_ids
         ids = torch.tensor([ids + [0] * (self.text_length - len(ids))], device=self.device)
         return (pipe.text_encoder(ids).last_hidden_state[0],)  # 77 D
@@ -171,7 +171,7 @@ INNER = {  # in a ResBlock; the names in transformers and temporal convolutions 
 
 
 def unet_key(key: str, layers: int) -> str:
-    """UNet3DConditionModel's name for a parameter of the official U-Net, `layers` per level."""
+    """UNet3DConditionModel's name for an official parameter; `layers` ResBlocks per level."""
     for official, name in OUTER.items():
         if key.startswith(official + "."):
             return name + key.removeprefix(official)

@@ -52,6 +52,11 @@ def omit_words(stories: torch.Tensor, generator: torch.Generator) -> list[str]:
     return [caption(story, c, b, s) if k else "" for story, (c, b, s, k) in zip(stories, kept.tolist())]
 
 
+def weighed(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of |error| + error^2, with eleven times the weight on the object."""
+    return ((1 + 10 * mask) * (error.abs() + error**2)).mean()
+
+
 def weighed_square(error: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     """Mean square, with five times the weight on the object: most of a clip is background."""
     weight = 1 + 4 * cells.to(error.device)
@@ -139,8 +144,3 @@ def fit(
         p.data.copy_(a)
     for m in modules:
         m.eval().requires_grad_(False)
-
-
-def weighed(error: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of |error| + error^2, with eleven times the weight on the object."""
-    return ((1 + 10 * mask) * (error.abs() + error**2)).mean()

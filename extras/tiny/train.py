@@ -2,7 +2,7 @@
 network and decoder again, on clips that they generate -> checkpoint.
 
     python -m extras.tiny.train                 # CogVideoX; if interrupted, the command resumes
-    python -m extras.tiny.train --model unet    # VideoCrafter2, without the second round
+    python -m extras.tiny.train --model unet    # VideoCrafter2, without own clips
     python -m extras.tiny.train --init extras/tiny/checkpoint --lr 1e-3 --steps 2500
                                                 # CogVideoX, from an earlier VAE and transformer
 
@@ -178,7 +178,7 @@ def train_transformer(
 
     With few video tokens the model learns what the words mean within minutes; with 208 of them it
     takes hours. The last third samples more low noise, where the outlines are drawn. `last`: train
-    as in the last third throughout, for a model that knows the words.
+    as in the last third throughout, for a model that already knows the words.
     """
     latents, stories, masks = data
 

@@ -2,6 +2,7 @@
 frames, an image VAE frame by frame, CLIP's text encoder.
 `python -m extras.tiny.train --model unet` trains it."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -93,6 +94,7 @@ def make_unet() -> UNet3DConditionModel:
     return unet.eval()  # its dropout only slows a model that is far from memorising
 
 
+@functools.cache
 def levels() -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and sigma of the release's 1000 timesteps, with its signal scale."""
     cumulated = DDIMScheduler(**SCHEDULER).alphas_cumprod
