@@ -58,11 +58,12 @@ def interval(values: list[float]) -> str:
 
 
 class TinyModel:
-    """A tiny model, or another of its kind from a folder."""
+    """A tiny model, or another of its kind from a folder. guidance_scale: the recipe's if None."""
 
-    def __init__(self, folder: str, dtype: str, backbone: str = "tiny"):
+    def __init__(self, folder: str, dtype: str, backbone: str = "tiny", guidance_scale: float | None = None):
         self.recipe = get_recipe(backbone, folder)
-        self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
+        guidance_scale = self.recipe.guidance_scale if guidance_scale is None else guidance_scale
+        self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), guidance_scale)
         self.backbone.load()
         self.fitter = W.Fitter()
         weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))
@@ -367,6 +368,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=["tiny", "tiny-unet"], default="tiny", help="(default: %(default)s)")
     parser.add_argument("--model", help="the folder of another model of that kind")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
+    parser.add_argument("--guidance_scale", type=float, help="(default: the recipe's)")
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
     parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
     parser.add_argument("--methods", nargs="+", default=["syncos", "gen-l-video"], help="for coherence: names, or "
@@ -374,7 +376,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the scenarios")
     parser.add_argument("--results", type=Path, default=Path("reproduce.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
-    model = TinyModel(args.model or RECIPES[args.backbone].model, args.dtype, args.backbone)
+    model = TinyModel(args.model or RECIPES[args.backbone].model, args.dtype, args.backbone, args.guidance_scale)
     try:
         rows = {method: (read_change(method, model), None) for method in args.methods}
     except ValueError as error:
