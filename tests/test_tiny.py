@@ -225,6 +225,11 @@ def test_long_videos_are_measured_once(cheap, change, count):
     assert R.long_video(cheap, 0, change, kept, None) == values
 
 
+def test_results_are_kept_apart_by_guidance(tiny):
+    other = R.TinyModel(TINY.model, "float32", guidance_scale=0)
+    assert other.backbone.guidance_scale == 0 and other.name != tiny.name
+
+
 def test_consistency_of_what_windows_show():
     """By hand: each window but the first, compared with the one before and with the first."""
     assert R.consistency_of([2, 2, 2]) == 1
@@ -277,30 +282,45 @@ def test_tables_compare_scenario_by_scenario(cheap, capsys):
     assert difference == pytest.approx(expected[1] - expected[0], abs=0.006)
 
 
-@pytest.fixture(scope="module")
-def page_videos(tiny):
+def kept_videos(model, rows, seeds):
     """What tables.jsonl holds of the rows on the page; nothing is made anew."""
     done = dict(map(json.loads, (PAGE.parent / "tables.jsonl").read_text().splitlines()))
-    return R.measure_rows(tiny, range(*R.SEEDS["tables"]), R.TABLES, done, None)
+    return R.measure_rows(model, range(*seeds), rows, done, None)
 
 
-def test_the_page_quotes_the_tables_beside_it(page_videos, capsys):
-    """Its summary is the printed one, each interval quoted under "What we found" is printed, and
-    motion goes with picture consistency as it says."""
-    R.print_tables(page_videos, R.TABLES)
+@pytest.fixture(scope="module")
+def page_videos(tiny):
+    return kept_videos(tiny, R.TABLES, R.SEEDS["tables"])
+
+
+@pytest.fixture(scope="module")
+def page_videos_of_the_unet(tiny_unet):
+    return kept_videos(tiny_unet, R.TABLES_UNET, (110, 140))
+
+
+@pytest.mark.parametrize("heading, videos, rows", [
+    ("What we found", "page_videos", R.TABLES),
+    ("A U-Net that predicts eps", "page_videos_of_the_unet", R.TABLES_UNET),
+])  # fmt: skip
+def test_the_page_quotes_the_tables_beside_it(heading, videos, rows, request, capsys):
+    """The printed summary is on the page, and each interval quoted in the section is printed."""
+    R.print_tables(request.getfixturevalue(videos), rows)
     printed, page = capsys.readouterr().out, PAGE.read_text()
     summary = printed.split("\n\n")[1]
-    assert len(summary.splitlines()) == 2 + len(R.TABLES) and summary in page
-    found = re.search(r"^## What we found\n(.*?)^## ", page, re.MULTILINE | re.DOTALL).group(1)
-    quoted = re.findall(r"-?\d+\.\d+\s\[.*?\]", found, re.DOTALL)
+    assert len(summary.splitlines()) == 2 + len(rows) and summary in page
+    section = re.search(rf"^## {heading}\n(.*?)^## ", page, re.MULTILINE | re.DOTALL).group(1)
+    quoted = re.findall(r"-?\d+\.\d+\s\[.*?\]", section, re.DOTALL)
     assert quoted and not [figure for figure in quoted if f" {' '.join(figure.split())} " not in printed]
+
+
+def test_motion_goes_with_picture_consistency_as_the_page_says(page_videos):
     pairs = [
         [R.differences(page_videos, row, measure) for measure in ("motion x 1000", "picture consistency")]
         for row in ("FIFO-Diffusion", "w/o stage 3")
     ]
     correlations = " and ".join(f"{correlation(*pair):.2f}" for pair in pairs)
     at_equal_motion = " and ".join(f"{linear_regression(*pair).intercept:.2f}" for pair in pairs)
-    page = " ".join(page.split())
+    page = " ".join(PAGE.read_text().split())
     assert f"correlate over the stories ({correlations})" in page and f"lines predict {at_equal_motion}." in page
 
 
