@@ -106,7 +106,8 @@ def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Ten
 
 
 def implied_noise(latents: Tensor, x0: Tensor, level: Level) -> Tensor:
-    """The noise that x_t and x0 imply; with it, `revert` is a DDIM step, eta = 0 (DDIM, Eq. 12)."""
+    """The noise that x_t and x0, of one shape, imply; with it, `revert` is a DDIM step (its Eq. 12,
+    eta = 0)."""
     return (latents - level.alpha * x0) / level.sigma
 
 

@@ -61,9 +61,9 @@ class TinyModel:
     """A tiny model, or another of its kind from a folder. guidance_scale: the recipe's if None."""
 
     def __init__(self, folder: str, dtype: str, backbone: str = "tiny", guidance_scale: float | None = None):
-        self.recipe = get_recipe(backbone, folder)
-        guidance_scale = self.recipe.guidance_scale if guidance_scale is None else guidance_scale
-        self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), guidance_scale)
+        recipe = get_recipe(backbone, folder)
+        self.recipe = recipe if guidance_scale is None else replace(recipe, guidance_scale=guidance_scale)
+        self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
         self.backbone.load()
         self.fitter = W.Fitter()
         weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))
