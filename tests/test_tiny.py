@@ -27,6 +27,7 @@ from extras.models.tiny_unet import TINY_UNET
 from extras.models.videocrafter2 import SCHEDULER, VideoCrafter2
 from extras.tiny import train, unet
 from extras.tiny import world as W
+from extras.tiny.fit import Muon
 from syncos import implied_noise, revert
 
 for package in ("scenedetect", "cv2", "matplotlib"):
@@ -417,6 +418,28 @@ def test_an_untrained_unet_returns_its_input_with_unit_spread():
         eps = unet.make_unet()(x, torch.tensor([981, 981]), text).sample
     normed = x / x.std((1, 3, 4), keepdim=True)
     assert torch.nn.functional.cosine_similarity(eps.flatten(), normed.flatten(), 0) > 0.9
+
+
+def test_temporal_convolutions_train_as_torchs():
+    conv, x = torch.nn.Conv3d(6, 8, (3, 1, 1), padding=(1, 0, 0)), randn(2, 6, 5, 4, 3)
+    y = unet.time_as_rows(conv, x)
+    assert y.shape == conv(x).shape and maxdiff(y, conv(x)) < 1e-5
+    ours, theirs = (torch.autograd.grad((z**2).sum(), [*conv.parameters()]) for z in (y, conv(x)))
+    assert all(maxdiff(a, b) < 1e-4 for a, b in zip(ours, theirs))
+
+
+def test_muon_is_torchs_within_the_rounding_of_bfloat16():
+    """Two matrices of one shape, a tall one, and a kernel, which torch's takes as a matrix."""
+    start = [randn(*shape, seed=seed) for seed, shape in enumerate([(6, 8), (6, 8), (9, 5), (4, 3, 3, 1)])]
+    ours, theirs = ([x.clone() for x in start], [x.flatten(1).clone() for x in start])
+    torchs = torch.optim.Muon(theirs, 0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for params, optimizer in ((ours, Muon(ours, 0.1)), (theirs, torchs)):
+        for step in range(3):
+            for seed, p in enumerate(params):
+                p.grad = randn(*p.shape, seed=10 * step + seed)
+            optimizer.step()
+    for x, p, q in zip(start, ours, theirs):
+        assert (p.flatten(1) - q).norm() < 0.05 * (q - x.flatten(1)).norm()
 
 
 def own_clips(n: int) -> tuple[torch.Tensor, ...]:

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def weighed_square(error: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz iterations: torch.optim.Muon in float32, for
-    processors on which bfloat16 is slow."""
+    processors on which bfloat16 is slow. Matrices of one shape are orthogonalised together."""
 
     def __init__(self, params: list[torch.Tensor], lr: float):
         super().__init__(params, dict(lr=lr))
@@ -73,15 +74,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = defaultdict(list)
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                x = p.grad.lerp(momentum, 0.95).flatten(1)  # a convolution's kernel: a row per output channel
-                tall, longer = x.shape[0] > x.shape[1], max(x.shape)
-                x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
+                alike[p.flatten(1).shape].append(p)  # a convolution's kernel: a row per output channel
+            for (rows, columns), params in alike.items():
+                moved = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                    moved.append(p.grad.lerp(momentum, 0.95).flatten(1))
+                x = torch.stack(moved)
+                x = (x.mT if rows > columns else x) / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
-                    g = x @ x.T
+                    g = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * g + 2.0315 * g @ g) @ x
-                p.add_((x.T if tall else x).view_as(p), alpha=-0.2 * longer**0.5 * group["lr"])
+                for p, change in zip(params, x.mT if rows > columns else x):
+                    p.add_(change.reshape(p.shape), alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:

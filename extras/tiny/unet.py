@@ -94,6 +94,13 @@ def make_unet() -> UNet3DConditionModel:
     return unet.eval()  # its dropout only slows a model that is far from memorising
 
 
+def time_as_rows(conv: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+    """The temporal convolution (3, 1, 1) of x (n, C, F, H, W), as one over F x HW: a step of
+    training takes a sixth less time on a CPU."""
+    y = F.conv2d(x.flatten(3), conv.weight[..., 0], conv.bias, padding=(1, 0))
+    return y.view(*y.shape[:3], *x.shape[3:])
+
+
 @functools.cache
 def levels() -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and sigma of the release's 1000 timesteps, with its signal scale."""
@@ -155,18 +162,17 @@ def error_of_eps(
 
 
 def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: float, work: Path) -> None:
-    """First pictures, then actions (46 % of the steps). models: U-Net, text encoder, tokenizer.
+    """First pictures, then actions (40 % of the steps). models: U-Net, text encoder, tokenizer.
 
     Pictures: single frames, then runs of 4 frames, then clips; the last third samples more low
     noise. The model then draws clean clips that move, but not as they are told.
     Actions: 3 frames from all over a clip, then 4, 8 and 16. The U-Net knows a frame's position
     only from where its temporal convolutions meet the ends of the clip. With 3 frames these are
     near, and it learns within minutes what "grows" means, and "left" and "right", which take
-    longest, when they are frequent. Most draws are at high noise, where actions are decided. (With
-    2 frames, oneDNN's bfloat16 gradients are not finite.)
+    longest, when they are frequent. Most draws are at high noise, where actions are decided.
     """
     latents, stories, masks = data
-    rounds = round(0.54 * steps), round(0.46 * steps)
+    rounds = round(0.6 * steps), round(0.4 * steps)
 
     def loss(seed, frames, apart, draw_t, weights=(1.0, 1, 1, 1, 1)):
         n, generator = BATCH // frames, torch.Generator().manual_seed(seed)
@@ -190,6 +196,8 @@ def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: fl
         return loss(10**7 + step, frames, apart, draw_t, (1.0, 1, 1, 1, 1) if frames == 16 else (4.0, 4, 1, 1, 1))
 
     unet, text_encoder, _ = models
+    for conv in (m for m in unet.modules() if isinstance(m, torch.nn.Conv3d)):
+        conv.forward = functools.partial(time_as_rows, conv)
     matrices = [p for name, p in unet.named_parameters() if "block" in name and p.ndim > 1]
     for name, loss_at, count, rate in zip(("pictures", "actions"), (pictures, actions), rounds, (lr, 0.8 * lr)):
         fit(name, [unet, text_encoder], loss_at, count, rate, work, 0.998, matrices)
