@@ -428,6 +428,19 @@ def test_temporal_convolutions_train_as_torchs():
     assert all(maxdiff(a, b) < 1e-4 for a, b in zip(ours, theirs))
 
 
+def test_words_that_are_nearly_one_are_moved_apart():
+    text_encoder, tokenizer = unet.make_text_encoder(), train.make_tokenizer()
+    left, right = (tokenizer.get_vocab()[word] for word in ("left", "right"))
+    words = text_encoder.get_input_embeddings().weight
+    words.data[left] = words.data[right] + 1e-4 * randn(64)
+    optimizer, alike = torch.optim.Adam(text_encoder.parameters(), 1e-2), []
+    for _ in range(100):
+        alike.append(unet.words_alike(text_encoder, tokenizer, torch.tensor([0, 0, 0, 0])))
+        alike[-1].backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert alike[0] > 0.1 and alike[-1] == 0  # one pair of ten is one
+
+
 def test_muon_is_torchs_within_the_rounding_of_bfloat16():
     """Two matrices of one shape, a tall one, and a kernel, which torch's takes as a matrix."""
     start = [randn(*shape, seed=seed) for seed, shape in enumerate([(6, 8), (6, 8), (9, 5), (4, 3, 3, 1)])]

@@ -274,7 +274,7 @@ def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], ste
 
 DEFAULTS = {
     "cogvideox": dict(vae_steps=3500, steps=9000, output=HERE / "checkpoint", work=HERE / "work"),
-    "unet": dict(vae_steps=3000, steps=9720, output=HERE / "checkpoint-unet", work=HERE / "work" / "unet"),
+    "unet": dict(vae_steps=3000, steps=8000, output=HERE / "checkpoint-unet", work=HERE / "work" / "unet"),
 }
 
 

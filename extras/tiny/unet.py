@@ -23,7 +23,7 @@ from extras.tiny.fit import (
     weighed,
     weighed_square,
 )
-from extras.tiny.world import FRAMES, SIZE
+from extras.tiny.world import FRAMES, SIZE, caption
 
 WINDOW = slice(1, FRAMES, 3)  # 16 frames, evenly spaced over a clip of the world
 BATCH = 128  # frames per step of the U-Net
@@ -161,18 +161,31 @@ def error_of_eps(
     return (guess - eps) / alpha
 
 
+def words_alike(text_encoder: CLIPTextModel, tokenizer, story: torch.Tensor) -> torch.Tensor:
+    """How alike the texts of a story (4) are with its five actions: 0 if they are well apart.
+
+    The error says nothing about "left" and "right" before the U-Net tells the first frame from the
+    last. Until then the text encoder would make them one word.
+    """
+    captions = [caption([*story[:3], action]) for action in range(5)]
+    ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    texts = text_encoder(ids.to(text_encoder.device)).last_hidden_state.flatten(1)
+    return F.relu(1 - torch.pdist(texts) / 15).mean()
+
+
 def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: float, work: Path) -> None:
-    """First pictures, then actions (40 % of the steps). models: U-Net, text encoder, tokenizer.
+    """First pictures, then actions (45 % of the steps). models: U-Net, text encoder, tokenizer.
 
     Pictures: single frames, then runs of 4 frames, then clips; the last third samples more low
     noise. The model then draws clean clips that move, but not as they are told.
     Actions: 3 frames from all over a clip, then 4, 8 and 16. The U-Net knows a frame's position
     only from where its temporal convolutions meet the ends of the clip. With 3 frames these are
-    near. "Left" and "right" take longest, so they are drawn most; "grows" and "shrinks" then stay
-    confused (README.md). Most draws are at high noise, where actions are decided.
+    near. "Left" and "right" take longest, so they are drawn most. Most draws are at high noise,
+    where actions are decided.
     """
     latents, stories, masks = data
-    rounds = round(0.6 * steps), round(0.4 * steps)
+    unet, text_encoder, tokenizer = models
+    rounds = round(0.55 * steps), round(0.45 * steps)
 
     def loss(seed, frames, apart, draw_t, weights=(1.0, 1, 1, 1, 1)):
         n, generator = BATCH // frames, torch.Generator().manual_seed(seed)
@@ -190,12 +203,13 @@ def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: fl
 
     def actions(step):
         done = step / rounds[1]
-        frames, apart = (16, 1) if done > 0.48 else (8, 2) if done > 0.38 else (4, 5) if done > 0.3 else (3, 7)
+        frames, apart = (16, 1) if done > 0.5 else (8, 2) if done > 0.42 else (4, 5) if done > 0.36 else (3, 7)
         high = 0.6 if frames == 16 else 0.85  # share of draws in the uppermost 300 timesteps
         draw_t = lambda u: torch.where(u < high, 1 - 0.3 * u / high, ((u - high) / (1 - high)) ** 2)  # noqa: E731
-        return loss(10**7 + step, frames, apart, draw_t, (1.0, 1, 1, 1, 1) if frames == 16 else (4.0, 4, 1, 1, 1))
+        weights = (1.0, 1, 1, 1, 1) if frames == 16 else (3.0, 3, 1, 2, 2)
+        error = loss(10**7 + step, frames, apart, draw_t, weights)
+        return error + words_alike(text_encoder, tokenizer, stories[step % len(stories)])
 
-    unet, text_encoder, _ = models
     for conv in (m for m in unet.modules() if isinstance(m, torch.nn.Conv3d)):
         conv.forward = functools.partial(time_as_rows, conv)
     matrices = [p for name, p in unet.named_parameters() if "block" in name and p.ndim > 1]
