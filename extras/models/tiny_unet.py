@@ -27,7 +27,7 @@ TINY_UNET = replace(
     settings=Settings(stride=8, t_min=500, csd_iters=3, csd_lr=1.0),  # ours, see extras/measure/README.md
     dtype="float32",
     scenario=TINY.scenario,
-    num_inference_steps=20,
+    num_inference_steps=15,  # as fast as the default demo; extras/measure/README.md takes 20
     guidance_scale=4.0,
     fps=8,
     needs_gpu=False,
