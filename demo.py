@@ -18,11 +18,9 @@ from pathlib import Path
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("demo.py", description=__doc__, formatter_class=kind)
     own = "(default: the backbone's)"
-
     add = parser.add_argument_group("model").add_argument
     add("--backbone", default="tiny",
         help="tiny (default), tiny-unet, cogvideox, cogvideox-5b, opensora-plan, wan, videocrafter2")  # fmt: skip
@@ -72,9 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--decode", type=Path, metavar="FILE", help="decode saved latents; no sampling")
     add("--plan", action="store_true", help="print the plan and stop")
 
-    add = parser.add_argument_group(
-        "long runs (torchrun --nproc_per_node N demo.py ... uses several GPUs)"
-    ).add_argument
+    add = parser.add_argument_group("long runs (torchrun --nproc_per_node N demo.py uses several GPUs)").add_argument
     add("--state", type=Path, metavar="FILE", help="save the state after every step, to resume after a stop "
         "(default: when stopped by Ctrl-C or a lack of memory; after every step on several GPUs)")  # fmt: skip
     add("--resume", type=Path, metavar="FILE", help="continue a run that was saved in FILE, with the same options")
@@ -90,179 +86,100 @@ if __name__ == "__main__":  # parse first, import after: --help and a mistyped o
 import json
 import signal
 import warnings
-from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from backbones import Backbone, Recipe
-from extras import runs
+from extras import options, runs
 from extras import videos as V
-from extras.baselines import Method, Plan
-from extras.methods import METHODS, SynCoS
-from extras.models import get_recipe
-from prompts import SCENARIOS, Story, load_story, parse_events
-from syncos import ABLATIONS, Settings
-
-LIMITS = {  # of numbers, both ends included; syncos.Settings checks the others
-    "seed": (0, 2**64 - 1), "num_inference_steps": (1, 1000), "t_min": (-1, 1000), "num_frames": (1, 10**6),
-    "guidance_scale": (0, 100), "csd_lr": (0, 100), "fps": (0.01, 1000), "window_batch": (1, 10**6),
-    "height": (1, 10**4), "width": (1, 10**4), "window_frames": (1, 10**4), "preview": (1, 10**6),
-}  # fmt: skip
+from extras.processes import encode, join_processes, leave_processes, main_process
+from prompts import SCENARIOS
 
 
-# --------------------------------------------------------------------------------------------------
-# The plan: everything that can be known, and refused, before a model is loaded. All of this raises
-# ValueError, one sentence that says what is wrong and what to do.
+def main(args: argparse.Namespace) -> None:
+    """Options, plan, sample, write."""
+    prepare()
+    if args.list_scenarios:
+        for name, story in SCENARIOS.items():
+            V.say("\n    ".join([name, story.global_prompt, *(f"- {text}" for text in story.local_prompts)]))
+        return
+    try:
+        options.check_files(args)
+        if args.decode:
+            recipe, latents, about = options.read_latents(args)
+            backbone = load(args, recipe, *options.choose_device(args, recipe), None)
+        else:
+            args.device = join_processes(args.device)
+            run = options.plan_run(args)
+            state = runs.State.read(args.resume, run.about()) if args.resume else runs.State(run.about())
+            if args.plan:
+                return V.say(f"{run.describe()}\n{V.missing_device(run.device)}".strip())
+            backbone = load(args, run.plan.recipe, run.device, run.dtype, run)
+    except ValueError as error:
+        refuse(error)
+    except runs.TROUBLE as error:
+        raise runs.stopped(error) from None
+
+    if args.decode:
+        return write(args, backbone, latents, about, args.decode)
+    latents, about = sample(args, run, backbone, state)
+    backbone.release_transformer()
+    write(args, backbone, latents, about, saved := options.latents_file(args))
+    if args.save_latents:
+        V.say(f"Kept the latents in {saved}; --decode {saved} decodes them again")
+    else:
+        saved.unlink(missing_ok=True)
 
 
-def plan_run(args: argparse.Namespace) -> runs.Run:
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
-    recipe = choose_recipe(args)
-    device, dtype = choose_device(args, recipe)
-    methods = choose_methods(args, recipe.settings)
-    story = choose_story(args, recipe.scenario)
-    plan = Plan(recipe, tuple(story.event_prompts(structured="structured-prompt" not in args.ablate)))
-    for method in methods.values():
-        method.check(plan)
-    return runs.Run(plan, story, methods, device, dtype, args.seed)
+def prepare() -> None:
+    warnings.formatwarning = lambda message, *_: f"{message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt's letters
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what cluster schedulers send acts as Ctrl-C
 
 
-def choose_recipe(args: argparse.Namespace) -> Recipe:
-    """The backbone's recipe with the user's choices."""
-    recipe = get_recipe(args.backbone, args.model)
-    pick = lambda *names: {k: v for k in names if (v := getattr(args, k)) is not None}  # noqa: E731
-    if size := pick("height", "width", "window_frames"):
-        c, (_, h, w) = recipe.frames_per_latent, recipe.latent
-        own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
-        recipe = replace(recipe.backbone.resize(recipe, *(own | size).values()), seconds={})
-    settings = replace(recipe.settings, **pick("stride", "csd_iters", "csd_lr", "csd_batch", "t_min"))
-    chosen = pick("num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
-    recipe = replace(recipe, settings=settings, **chosen)
-
-    c, step = recipe.frames_per_latent, recipe.frames_step
-    least = -(-(recipe.window - 1) * c // step) * step + 1
-    if (recipe.num_frames - 1) % step or recipe.num_frames < least:
-        nearest = max(step * round((recipe.num_frames - 1) / step) + 1, least)
-        raise ValueError(
-            f"--num_frames {recipe.num_frames} does not fit: it must be {f'{step} n + 1 and ' * (step > 1)}at least "
-            f"{least}; the nearest is {nearest}."
-        )
-    return recipe
+def refuse(error: ValueError) -> NoReturn:
+    if main_process():
+        print(f"demo.py: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
-def choose_device(args: argparse.Namespace, recipe: Recipe) -> tuple[str, torch.dtype]:
-    """The device, whether or not this machine has it, and the dtype."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = args.device or ("cuda" if best == "cpu" and recipe.needs_gpu else best)
-    kind = V.device_kind(device)
-    if args.compile and args.offload == "sequential":
-        raise ValueError("--compile recompiles every layer with --offload sequential; use --offload model or none.")
-    if kind == "cpu" and args.offload != "none":
-        raise ValueError("--offload moves parts of the model between GPU and CPU; leave it out on the CPU.")
-    return device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
-
-
-def choose_methods(args: argparse.Namespace, settings: Settings) -> dict[str, Method]:
-    known = [*ABLATIONS, "structured-prompt"]
-    if unknown := [part for part in args.ablate if part not in known]:
-        raise ValueError(f"--ablate {unknown[0]} is unknown; choose from {', '.join(known)}.")
-    if args.ablate and (args.method != "syncos" or args.compare is not None):
-        raise ValueError("--ablate removes parts of SynCoS; it goes with neither another --method nor --compare.")
-    names = [args.method] if args.compare is None else args.compare or ["gen-l-video", "syncos"]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"The method {unknown[0]} is unknown; choose from {', '.join(METHODS)}.")
-    if args.ablate:
-        for part in args.ablate:
-            settings = replace(settings, **ABLATIONS.get(part, {}))
-        return {f"syncos w/o {' and '.join(args.ablate)}": SynCoS(settings)}
-    return {name: METHODS[name](settings) for name in names}
-
-
-def choose_story(args: argparse.Namespace, default: str) -> Story:
-    given = [name for name in ("prompt", "story", "scenario") if getattr(args, name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"Give one story: --{given[0]} or --{given[1]}, not both.")
-    if args.global_prompt and given != ["prompt"]:
-        raise ValueError("--global_prompt goes with --prompt; a story file or scenario has its own.")
-    if args.prompt is not None:
-        return parse_events(args.prompt, args.global_prompt)
-    if args.story is not None:
-        return load_story(args.story)
-    name = args.scenario or default
-    if name not in SCENARIOS:
-        raise ValueError(f"The scenario {name} does not exist; --list_scenarios shows them all.")
-    return SCENARIOS[name]
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """Refuse a file that cannot be written, or that is another of the run's files."""
-    out, safe = args.output_path, (".safetensors",)
-    if not out.name:
-        raise ValueError("--output_path must name a file, .mp4, .gif or .webp.")
-    written = {"the video": (out, (".mp4", ".gif", ".webp")), "its contact sheet": (out.with_suffix(".png"), (".png",))}
-    if not args.decode:
-        written["the latents"] = latents_file(args), safe
-        written["the state"] = state_file(args), safe
-    if args.trace:
-        written["the trace"] = args.trace, safe
-    for path, suffixes in written.values():
-        V.check_output(path, suffixes)
-    files = {what: path for what, (path, _) in written.items()} | {"what is decoded": args.decode}
-    if args.resume and args.state and args.resume.resolve() != args.state.resolve():
-        files["what is resumed"] = args.resume
-    V.check_distinct({what: path for what, path in files.items() if path})
-
-
-def latents_file(args: argparse.Namespace) -> Path:
-    """Where the latents wait for decoding, or stay."""
-    return args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
-
-
-def keeps_state(args: argparse.Namespace) -> bool:
-    """Save after every step? Several processes always do: if one dies, the others cannot."""
-    return bool(args.state or args.resume or runs.several_processes())
-
-
-def state_file(args: argparse.Namespace) -> Path:
-    return args.state or args.resume or args.output_path.with_suffix(".state.safetensors")
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-
-def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dtype) -> Backbone:
-    return recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling)
+def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dtype, run: runs.Run | None) -> Backbone:
+    """A backbone that is ready to sample a run, or else to decode."""
+    if missing := V.missing_device(device):
+        raise ValueError(missing)
+    backbone = recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling)
+    if run:
+        V.say(f"{run.describe()}\nLoading {recipe.model}")
+        encode(backbone, run.plan.texts)
+    backbone.load(decoder_only=not run)
+    if run and args.compile:
+        backbone.pipe.transformer.compile()
+    return backbone
 
 
 def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: runs.State) -> tuple[dict, dict]:
     """Latents of each method, and what the video's file should know; saved before decoding."""
-    recipe, story = run.plan.recipe, run.story
+    file, about = options.state_file(args), options.describe_video(args, run)
 
     def look(method: str, step: int, x0: torch.Tensor) -> None:
-        if args.preview and runs.main_process() and (step + 1) % args.preview == 0:
+        if args.preview and main_process() and (step + 1) % args.preview == 0:
             title = f"{method}, estimate after step {step + 1} of {run.methods[method].steps(run.plan)}"
             runs.preview(args.output_path.with_suffix(".preview.png"), run, backbone, x0, title)
 
-    about = dict(backbone=args.backbone, model=args.model, num_frames=recipe.num_frames, fps=recipe.fps)
-    about |= dict(captions=recipe.captions, run=run.about(), spans=run.plan.spans)
-    about |= {"global": story.global_prompt, "local": story.local_prompts}
     try:
-        latents = runs.sample(run, backbone, state, state_file(args) if keeps_state(args) else None, look)
-        runs.leave_processes()
-        if not runs.main_process():
+        latents = runs.sample(run, backbone, state, file if options.keeps_state(args) else None, look)
+        leave_processes()
+        if not main_process():
             sys.exit()
-        V.write_tensors(latents_file(args), "latents", latents, about)
+        V.write_tensors(options.latents_file(args), "latents", latents, about)
         if args.trace:
             V.write_tensors(args.trace, "trace", state.traces(), about)
     except runs.TROUBLE as error:
-        raise runs.stopped(error, runs.keep_state(state, state_file(args))) from None
-    if keeps_state(args):
-        state_file(args).unlink(missing_ok=True)
+        raise runs.stopped(error, runs.keep_state(state, file)) from None
+    if options.keeps_state(args):
+        file.unlink(missing_ok=True)
     return latents, about
 
 
@@ -277,60 +194,6 @@ def write(args: argparse.Namespace, backbone: Backbone, latents: dict, about: di
     except runs.TROUBLE as error:
         tiles = " --vae_tiling" * (isinstance(error, torch.OutOfMemoryError) and "cogvideox" in about["backbone"])
         raise runs.stopped(error, f"The latents are safe; --decode {safe}{tiles} continues.") from None
-
-
-def refuse(error: ValueError) -> NoReturn:
-    if runs.main_process():
-        print(f"demo.py: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main(args: argparse.Namespace) -> None:
-    """Options, plan, sample, write."""
-    warnings.formatwarning = lambda message, *_: f"{message}\n"
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt's letters
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what cluster schedulers send acts as Ctrl-C
-    if args.list_scenarios:
-        for name, story in SCENARIOS.items():
-            V.say("\n    ".join([name, story.global_prompt, *(f"- {text}" for text in story.local_prompts)]))
-        return
-    try:
-        check_files(args)
-        if args.decode:
-            latents, about = V.read_tensors(args.decode, "latents")
-            recipe = get_recipe(about["backbone"], args.model or about["model"])
-            device, dtype = choose_device(args, recipe)
-        else:
-            args.device = runs.join_processes(args.device)
-            run = plan_run(args)
-            recipe, device, dtype = run.plan.recipe, run.device, run.dtype
-            state = runs.State.read(args.resume, run.about()) if args.resume else runs.State(run.about())
-            if args.plan:
-                return V.say(f"{run.describe()}\n{V.missing_device(device)}".strip())
-        if missing := V.missing_device(device):
-            raise ValueError(missing)
-        backbone = load(args, recipe, device, dtype)
-        if not args.decode:
-            V.say(f"{run.describe()}\nLoading {recipe.model}")
-            runs.encode(backbone, run.plan.texts)
-        backbone.load(decoder_only=bool(args.decode))
-        if args.compile and not args.decode:
-            backbone.pipe.transformer.compile()
-    except ValueError as error:
-        refuse(error)
-    except runs.TROUBLE as error:
-        raise runs.stopped(error) from None
-
-    if args.decode:
-        return write(args, backbone, latents, about, args.decode)
-    latents, about = sample(args, run, backbone, state)
-    backbone.release_transformer()
-    write(args, backbone, latents, about, saved := latents_file(args))
-    if args.save_latents:
-        V.say(f"Kept the latents in {saved}; --decode {saved} decodes them again")
-    else:
-        saved.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

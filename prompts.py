@@ -3,11 +3,9 @@
     python prompts.py "A cat wakes up, hunts a fly and falls asleep again" --num_prompts 3
         prints the instruction for any chat model (the paper used GPT-4o); save its answer as a
         JSON file
-    python prompts.py "..." --num_prompts 3 --llm MODEL [--base_url URL] --output story.json
-        asks a model on the Hugging Face hub or any OpenAI-compatible server, and writes that file
     python demo.py --story story.json
 
-Needs only the standard library unless it asks a model.
+`python -m extras.llm` asks a model and writes that file. Needs only the standard library.
 """
 
 from __future__ import annotations  # for Python 3.8 to 3.10
@@ -15,9 +13,7 @@ from __future__ import annotations  # for Python 3.8 to 3.10
 import argparse
 import codecs
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +33,8 @@ class Story:
         for i, text in enumerate(self.local_prompts, 1):
             if not text.strip():
                 raise ValueError(f"Event {i} of {len(self.local_prompts)} is empty; every event needs a local prompt.")
-        if longest := max(
-            (t for t in (self.global_prompt, *self.local_prompts) if len(t) > LONGEST), default="", key=len
-        ):
-            raise ValueError(f"A prompt has {len(longest)} characters; no model reads more than {LONGEST}.")
+        if (longest := max(map(len, (self.global_prompt, *self.local_prompts)))) > LONGEST:
+            raise ValueError(f"A prompt has {longest} characters; no model reads more than {LONGEST}.")
 
     def event_prompts(self, structured: bool = True) -> list[str]:
         """Text of each event: global and local prompt, or the local one alone (ablation)."""
@@ -54,8 +48,7 @@ def parse_events(text: str, global_prompt: str = "") -> Story:
 
 
 def parse_story(text: str, count: int | None = None) -> Story:
-    """A story from JSON, {"global": "...", "local": ["...", ...]}, with `count`
-    events if given. Raises ValueError."""
+    """A story from JSON, with `count` events if given. Raises ValueError."""
     form = 'expected {"global": "...", "local": ["...", ...]}'
     try:
         data = json.loads(text, object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else None)
@@ -75,33 +68,27 @@ def parse_story(text: str, count: int | None = None) -> Story:
 
 
 def load_story(path: str | Path) -> Story:
-    """A story from a JSON file in UTF-8, or UTF-16 with a byte order mark. Raises
-    ValueError that names the file."""
+    """A story from a JSON file in UTF-8, or UTF-16 with a byte order mark. Raises ValueError."""
     try:
         data = Path(path).read_bytes()
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return parse_story(data.decode("utf-16" if utf16 else "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"Cannot read the story {path}: {getattr(error, 'strerror', None) or 'not a text file'}."
-        ) from None
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ValueError(f"Cannot read the story {path}: {reason}.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def to_json(story: Story) -> str:
     """JSON that `parse_story` reads."""
-    return (
-        json.dumps({"global": story.global_prompt, "local": story.local_prompts}, indent=2, ensure_ascii=False) + "\n"
-    )
+    data = {"global": story.global_prompt, "local": story.local_prompts}
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def assign_events(windows: Sequence[slice], events: int) -> list[int]:
-    """Event of each window, by the position of its centre: events share
-    the range of centres evenly. [ours]
-
-    Raises ValueError if an event would get no window.
-    """
+    """Event of each window, by its centre: events share the range of centres evenly. [ours] Raises
+    ValueError if an event would get no window."""
     centres = [(w.start + w.stop) / 2 for w in windows]
     spacing = (centres[-1] - centres[0]) / max(len(windows) - 1, 1) or 1.0
     start, span = centres[0] - spacing / 2, centres[-1] - centres[0] + spacing
@@ -114,8 +101,7 @@ def assign_events(windows: Sequence[slice], events: int) -> list[int]:
 
 
 def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple[float, float]]:
-    """Start and end of each event as fractions of the video (0 to 1). Events meet half-way between
-    the centres of the windows on either side."""
+    """Start and end of each event, 0 to 1. Two meet half-way between the centres of windows."""
     centres = [(w.start + w.stop) / 2 for w in windows]
     cuts = [(a + b) / 2 for a, b, i, j in zip(centres, centres[1:], assigned, assigned[1:]) if i != j]
     edges = [0.0, *(c / windows[-1].stop for c in cuts), 1.0]
@@ -131,97 +117,74 @@ def frame_events(windows: Sequence[slice], assigned: Sequence[int]) -> list[int]
 # --------------------------------------------------------------------------------------------------
 # Ready-made stories: one of each kind in the paper, and some for the tiny world
 
-SCENARIOS = {
-    # object motion control
-    "corgi": Story(
+SCENARIOS = {  # global prompt, then one local prompt per event
+    "corgi": (  # object motion control
         "A fluffy corgi with a red bandana on a sandy beach at golden hour, gentle waves behind it, film photography.",
-        (
-            "The corgi trots along the waterline.",
-            "The corgi leaps over a piece of driftwood.",
-            "The corgi digs in the wet sand with its front paws.",
-            "The corgi shakes the water off its coat.",
-        ),
+        "The corgi trots along the waterline.",
+        "The corgi leaps over a piece of driftwood.",
+        "The corgi digs in the wet sand with its front paws.",
+        "The corgi shakes the water off its coat.",
     ),
-    # camera control
-    "lighthouse": Story(
+    "lighthouse": (  # camera control
         "A white lighthouse on a rocky green headland above a calm blue sea, clear morning light, aerial footage.",
-        (
-            "The camera rises slowly from the rocks.",
-            "The camera circles the lighthouse to the right.",
-            "The camera moves in on the lantern room.",
-            "The camera pulls back until the whole coast is seen.",
-        ),
+        "The camera rises slowly from the rocks.",
+        "The camera circles the lighthouse to the right.",
+        "The camera moves in on the lantern room.",
+        "The camera pulls back until the whole coast is seen.",
     ),
-    # background change
-    "cyclist": Story(
+    "cyclist": (  # background change
         "A cyclist in a yellow jersey rides a silver road bike, seen from the side, smooth tracking shot.",
-        (
-            "She rides through a field of sunflowers.",
-            "She rides along a lake below snowy mountains.",
-            "She rides across a long bridge in the fog.",
-            "She rides into a city of glass towers at dusk.",
-        ),
+        "She rides through a field of sunflowers.",
+        "She rides along a lake below snowy mountains.",
+        "She rides across a long bridge in the fog.",
+        "She rides into a city of glass towers at dusk.",
     ),
-    # physical transformation
-    "iceberg": Story(
+    "iceberg": (  # physical transformation
         "A single blue iceberg in a still dark fjord under a pale sky, fixed camera, high detail.",
-        (
-            "The iceberg stands tall and sharp.",
-            "Water runs down its sides as it begins to melt.",
-            "A large piece breaks off and slides into the water.",
-            "Only a small round block of ice still floats.",
-        ),
+        "The iceberg stands tall and sharp.",
+        "Water runs down its sides as it begins to melt.",
+        "A large piece breaks off and slides into the water.",
+        "Only a small round block of ice still floats.",
     ),
-    # storytelling
-    "baker": Story(
+    "baker": (  # storytelling
         "An old baker with a white moustache and a flour-dusted apron in a small warm bakery lit by the oven.",
-        (
-            "He kneads dough on a wooden table.",
-            "He shapes the dough into round loaves.",
-            "He pushes the loaves into the glowing oven.",
-            "He lifts a golden loaf and smiles at it.",
-        ),
+        "He kneads dough on a wooden table.",
+        "He shapes the dough into round loaves.",
+        "He pushes the loaves into the glowing oven.",
+        "He lifts a golden loaf and smiles at it.",
     ),
-    # compositional generation
-    "tea": Story(
+    "tea": (  # compositional generation
         "A wooden table by a sunlit window, seen from slightly above, watercolour style.",
-        (
-            "An empty blue cup stands on the table.",
-            "A blue cup stands on the table beside a yellow teapot.",
-            "A blue cup, a yellow teapot and a plate of biscuits stand on the table.",
-            "A blue cup, a yellow teapot, a plate of biscuits and a sleeping cat share the table.",
-        ),
+        "An empty blue cup stands on the table.",
+        "A blue cup stands on the table beside a yellow teapot.",
+        "A blue cup, a yellow teapot and a plate of biscuits stand on the table.",
+        "A blue cup, a yellow teapot, a plate of biscuits and a sleeping cat share the table.",
     ),
-    # cinematic effect
-    "train": Story(
+    "train": (  # cinematic effect
         "A black steam train crosses a stone viaduct in a wooded valley, cinematic wide shot, 35 mm film.",
-        (
-            "The train moves in soft morning mist.",
-            "Sunbeams break through the steam as the train goes by.",
-            "The train goes by in slow motion while leaves whirl around it.",
-            "The picture fades to the blue of evening as the train's lamps light up.",
-        ),
+        "The train moves in soft morning mist.",
+        "Sunbeams break through the steam as the train goes by.",
+        "The train goes by in slow motion while leaves whirl around it.",
+        "The picture fades to the blue of evening as the train's lamps light up.",
     ),
-    # complex scene transition
-    "astronaut": Story(
+    "astronaut": (  # complex scene transition
         "An astronaut in a white suit with an orange visor walks forward, seen from behind, photorealistic.",
-        (
-            "The astronaut walks down the corridor of a space station.",
-            "The astronaut walks out of a hatch onto a red desert planet.",
-            "The astronaut walks through a storm of red dust.",
-            "The astronaut walks into a forest of glowing plants.",
-        ),
+        "The astronaut walks down the corridor of a space station.",
+        "The astronaut walks out of a hatch onto a red desert planet.",
+        "The astronaut walks through a storm of red dust.",
+        "The astronaut walks into a forest of glowing plants.",
     ),
     # the tiny world (extras/tiny/world.py): a place or colour left open is the model's to keep
-    "tiny-star": Story("A red star.", ("It grows.", "It moves right.", "It shrinks.", "It moves left.")),
-    "tiny-ball": Story("A ball.", ("It grows.", "It moves right.", "It jumps.", "It shrinks.")),
-    "tiny-box": Story("A box.", ("It jumps.", "It moves left.", "It shrinks.", "It moves right.")),
-    "tiny-night": Story("A triangle at night.", ("It moves left.", "It grows.", "It jumps.", "It moves right.")),
+    "tiny-star": ("A red star.", "It grows.", "It moves right.", "It shrinks.", "It moves left."),
+    "tiny-ball": ("A ball.", "It grows.", "It moves right.", "It jumps.", "It shrinks."),
+    "tiny-box": ("A box.", "It jumps.", "It moves left.", "It shrinks.", "It moves right."),
+    "tiny-night": ("A triangle at night.", "It moves left.", "It grows.", "It jumps.", "It moves right."),
 }
+SCENARIOS = {name: Story(first, tuple(rest)) for name, (first, *rest) in SCENARIOS.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# Asking a language model (the paper's Fig. 8, in our words)
+# The instruction to a language model (the paper's Fig. 8, in our words)
 
 INSTRUCTION = """\
 Split the scenario below into a structured prompt for a text-to-video model that makes one long video of {count} events.
@@ -247,107 +210,19 @@ def instruction(scenario: str, count: int) -> str:
     return INSTRUCTION.format(scenario=scenario.strip(), count=count, dots=", ".join(['"..."'] * count))
 
 
-def find_story(answer: str, count: int) -> Story:
-    """Find the story in a model's answer: the last object with a story's keys.
-
-    Raises ValueError stating what is wrong with the answer.
-    """
-    answer = answer.rpartition("</think>")[2].strip()
-    if not answer:
-        raise ValueError("The answer is empty.")
-    start = answer.find("{")
-    found, decoder = answer[start:] if start >= 0 else answer, json.JSONDecoder()
-    for i, letter in enumerate(answer):
-        if letter == "{":
-            try:
-                data, stop = decoder.raw_decode(answer, i)
-            except (json.JSONDecodeError, RecursionError):
-                continue
-            if {"global", "local"} <= data.keys():
-                found = answer[i:stop]
-    return parse_story(found, count)
-
-
-def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:
-    """Have `chat(messages) -> answer` split the scenario. After a bad answer,
-    state the error and ask once more.
-
-    Raises ValueError if the second answer is bad too.
-    """
-    messages = [{"role": "user", "content": instruction(scenario, count)}]
-    for attempt in range(2):
-        answer = chat(messages)
-        try:
-            return find_story(answer, count)
-        except ValueError as error:
-            if attempt == 1:
-                raise ValueError(f"Neither of the model's two answers is a story: {error}") from None
-            complaint = f"That answer cannot be used: {error} Answer again, with the JSON alone."
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": complaint}]
-
-
-def llm_chat(model: str, base_url: str | None) -> Callable[[list[dict]], str]:
-    """Make `chat` for `ask`: a model on the hub (key: HF_TOKEN), or on an
-    OpenAI-compatible server (OPENAI_API_KEY)."""
-    from huggingface_hub import InferenceClient
-
-    key = os.environ.get("OPENAI_API_KEY") if base_url else None
-    client = InferenceClient(base_url=base_url, api_key=key, timeout=120)
-
-    def chat(messages: list[dict]) -> str:
-        try:
-            choices = client.chat_completion(messages, model=model, max_tokens=4000).choices
-        except json.JSONDecodeError:
-            raise ConnectionError("its response is not JSON; is --base_url an OpenAI-compatible server?") from None
-        if not choices:
-            raise ConnectionError("its response has no choices.")
-        content = choices[0].message.content or ""
-        if not isinstance(content, str):  # in parts
-            content = "".join(part.get("text") or "" for part in content)
-        if choices[0].finish_reason == "length":
-            raise ValueError("The model's answer was cut off at 4000 tokens; ask for fewer events, or another model.")
-        return content
-
-    return chat
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Scenario and number of events, besides what the parser has."""
     parser.add_argument("scenario", help="what happens in the video, in your own words")
     parser.add_argument("--num_prompts", type=int, default=4, help="events, one local prompt each (default: 4)")
-    parser.add_argument("--llm", metavar="MODEL", help="ask this model instead of printing the instruction")
-    parser.add_argument("--base_url", metavar="URL", help="an OpenAI-compatible server, e.g. http://localhost:8000/v1")
-    parser.add_argument("--output", type=Path, default=Path("story.json"), help="file to write (default: story.json)")
     args = parser.parse_args(argv)
     if not args.scenario.strip():
         parser.error("The scenario is empty; say in a sentence or two what happens.")
     if args.num_prompts < 1:
         parser.error(f"--num_prompts must be at least 1, got {args.num_prompts}.")
-    if not args.llm:
-        print(instruction(args.scenario, args.num_prompts))
-        return
-    try:
-        if args.output.exists():
-            parser.error(f"{args.output} already exists; choose another file with --output.")
-        if not args.output.absolute().parent.is_dir():
-            parser.error(f"The folder of {args.output} does not exist; create it first.")
-    except OSError as error:
-        parser.error(f"{args.output} cannot be written: {error.strerror}.")
-    if args.base_url and not args.base_url.startswith(("http://", "https://")):
-        parser.error(f"--base_url must begin with http:// or https://, got {args.base_url}.")
-
-    try:
-        story = ask(llm_chat(args.llm, args.base_url), args.scenario, args.num_prompts)
-        args.output.write_text(to_json(story), encoding="utf-8")
-    except ValueError as error:
-        sys.exit(f"prompts.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped.")
-    except Exception as error:  # any failure of network or server
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        sys.exit(f"prompts.py: {args.llm} gave no usable answer: {reason}")
-    print(to_json(story) + f"Wrote {args.output}. Next: python demo.py --story {args.output}")
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ARGS = parse_args(PARSER)
+    print(instruction(ARGS.scenario, ARGS.num_prompts))

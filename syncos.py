@@ -16,7 +16,8 @@ The model enters only through a function:
         prompts   list of B strings
         x0        B x f x C x H x W, float32: the clean estimates, guidance already applied
 
-Any callable will do; it is never differentiated. This file needs only torch: copy it anywhere.
+Any callable will do; it is never differentiated. It gets one window at a time, B = 1, unless
+`at_once` says more. This file needs only torch: copy it anywhere.
 
 Words that clash:
     alpha, sigma   x_t = alpha x0 + sigma eps. The DDIM paper's alpha is our alpha squared
@@ -30,6 +31,8 @@ Words that clash:
 [ours] marks a choice that the paper leaves open.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -154,21 +157,23 @@ def temporal_codenoise(
     t: float,
     windows: Sequence[slice],
     prompts: Sequence[str],
-    batch: int = 24,
+    at_once: int = 1,
 ) -> Tensor:
     """x0 = fuse({predict_x0(x_t[window i], t, c_i)}): each window by its prompt (stage 1, Fig. 5).
 
-    latents: x_t of the long video, F x C x H x W; prompts: one per window. Returns x0,
-    F x C x H x W, float32. Neighbours agree where they overlap; nothing ties distant windows
-    together. Windows are cut out `batch` at a time, so that memory does not grow with their number.
+    latents: x_t of the long video, F x C x H x W; prompts: one per window; at_once: windows per
+    call of `predict_x0`. Returns x0, F x C x H x W, float32. Neighbours agree where they overlap;
+    nothing ties distant windows together.
     """
+    return fuse(_predict(predict_x0, [latents[w] for w in windows], t, prompts, at_once), windows, len(latents))
 
-    def predictions() -> Iterator[Tensor]:
-        for i in range(0, len(windows), batch):
-            noisy = torch.stack([latents[w] for w in windows[i : i + batch]])  # B f C H W
-            yield from predict_x0(noisy, t, list(prompts[i : i + batch])).float()
 
-    return fuse(predictions(), windows, len(latents))
+def _predict(
+    predict_x0: PredictX0, noisy: Sequence[Tensor], t: float, prompts: Sequence[str], at_once: int
+) -> Iterator[Tensor]:
+    """x0 of each window, f x C x H x W, from calls with `at_once` of them."""
+    for i in range(0, len(noisy), at_once):
+        yield from predict_x0(torch.stack(noisy[i : i + at_once]), t, list(prompts[i : i + at_once])).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,6 +244,7 @@ def csd_refine(
     iters: int = 20,
     batch: int = 4,
     lr: float = 0.5,
+    at_once: int = 1,
 ) -> Tensor:
     """Refine x0 of the long video, F x C x H x W, towards global coherence (stage 2, Fig. 5).
 
@@ -249,7 +255,8 @@ def csd_refine(
 
     levels: [the step's own level] grounds the timestep; with several, each iteration draws one of
     them (ablation). noise: the baseline noise, F x C x H x W; None: new noise in each iteration
-    (ablation). prompts: one per window. Costs iters x min(batch, windows) model evaluations.
+    (ablation). prompts: one per window; at_once: windows per call of `predict_x0`. Costs iters x
+    min(batch, windows) model evaluations.
 
     [ours] AdamW starts afresh in each call, with torch's defaults but for the learning
     rate. Its weight decay, 0.01, shrinks x0 by 10 % in 20 iterations at lr 0.5. Its
@@ -269,7 +276,7 @@ def csd_refine(
 
         clean, eps = (torch.stack([x[windows[i]] for i in picked]) for x in (x0, eps))  # B f C H W each
         noisy = level.alpha * clean + level.sigma * eps
-        predicted = predict_x0(noisy, level.t, [prompts[i] for i in picked]).float()
+        predicted = torch.stack([*_predict(predict_x0, [*noisy], level.t, [prompts[i] for i in picked], at_once)])
 
         gradient = csd_gradient(clean, noisy, predicted, level)
         x0.grad = fuse(gradient, [windows[i] for i in picked], len(x0))
@@ -305,7 +312,6 @@ def revert(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
 class Settings:
     """The paper's settings, and switches that give exactly its ablations (see `ABLATIONS`)."""
 
-    stride: int = 4  # latent frames between windows [paper: 4 for CogVideoX, 6 for Open-Sora Plan]
     t_min: float = 800  # stage 2 runs while t > t_min [paper: 800 to 900]
     csd_iters: int = 20  # iterations of stage 2 per step [paper: 20 to 50]
     csd_batch: int = 4  # windows per minibatch [ours: about 4, from the paper's running times]
@@ -318,9 +324,11 @@ class Settings:
     noise: str = "fixed"  # above t_min: "fixed" baseline noise, "fresh" at every use, or "implied" by x_t and x0 (DDIM)
 
     def __post_init__(self):
-        for name, low in dict(stride=1, csd_iters=1, csd_batch=1, csd_lr=0).items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+        for name in ("csd_iters", "csd_batch"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
+        if math.isnan(self.t_min) or not self.csd_lr >= 0:
+            raise ValueError(f"t_min must be a number and csd_lr at least 0, got {self.t_min} and {self.csd_lr}.")
         if self.noise not in ("fixed", "fresh", "implied"):
             raise ValueError(f'noise must be "fixed", "fresh" or "implied", got "{self.noise}".')
 
@@ -345,15 +353,59 @@ def refine_levels(step: int, levels: Sequence[Level], settings: Settings) -> Seq
     return levels[step : step + 1] if settings.grounded else levels[:-1]
 
 
+def refined_steps(levels: Sequence[Level], settings: Settings) -> list[int]:
+    """The steps in which stage 2 has a level with a signal, and so does something."""
+    steps = range(len(levels) - 1)
+    return [i for i in steps if any(level.alpha > 0 for level in refine_levels(i, levels, settings))]
+
+
 def count_evaluations(levels: Sequence[Level], windows: Sequence[slice], settings: Settings) -> int:
     """Number of windows that `syncos` sends to `predict_x0`; guidance doubles the model's work."""
-    steps = range(len(levels) - 1)
-    refined = sum(any(level.alpha > 0 for level in refine_levels(i, levels, settings)) for i in steps)
     per_refinement = settings.csd_iters * min(settings.csd_batch, len(windows))
-    return len(steps) * len(windows) * settings.codenoise + refined * per_refinement
+    refined = len(refined_steps(levels, settings)) * per_refinement
+    return (len(levels) - 1) * len(windows) * settings.codenoise + refined
 
 
 @torch.no_grad()
+def syncos_step(
+    predict_x0: PredictX0,
+    x: Tensor,
+    x0: Tensor,
+    step: int,
+    levels: Sequence[Level],
+    windows: Sequence[slice],
+    prompts: Sequence[str],
+    settings: Settings,
+    generator: torch.Generator,
+    at_once: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One denoising step, all three stages (Fig. 5): from x_t and the last step's x0 to this step's
+    x0 and the next x_t, F x C x H x W each. Other arguments as for `syncos`.
+
+    A run is these steps in turn: one that stopped continues, bit for bit, from what the last step
+    returned and the generator's state.
+    """
+    s, level, prev = settings, levels[step], levels[step + 1]
+
+    # stage 1: local
+    if s.codenoise:
+        x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts, at_once)
+
+    # the noise that couples stages 2 and 3, new at every step and fixed within it; below t_min
+    # [ours] DDIM's own
+    baseline = s.noise != "implied" and level.t > s.t_min
+    noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
+
+    # stage 2: global, grounded at t
+    if candidates := refine_levels(step, levels, s):
+        eps = None if s.noise == "fresh" else noise
+        options = (s.csd_iters, s.csd_batch, s.csd_lr, at_once)
+        x0 = csd_refine(predict_x0, x0, candidates, eps, windows, prompts, generator, *options)
+
+    # stage 3: back to the previous timestep
+    return x0, revert(x0, noise, prev) if s.revert else x0
+
+
 def syncos(
     predict_x0: PredictX0,
     latents: Tensor,
@@ -363,18 +415,16 @@ def syncos(
     settings: Settings,
     generator: torch.Generator,
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
-    start: int = 0,
-    x0: Tensor | None = None,
+    at_once: int = 1,
 ) -> Tensor:
-    """Sample a long video: the paper's whole method (Fig. 5), a denoising step per iteration.
+    """Sample a long video: the paper's whole method.
 
     latents: the initial noise, F x C x H x W, float32; levels: from `diffusion_levels` or
     `flow_levels`; windows: from `make_windows`; prompts: one per window; generator: on the CPU, the
-    source of all randomness.
-    callback(step, t, x0, latents) is called after every step with its estimate and its result. To
-    resume a stopped run, pass `latents` and `x0` as the last callback got them, `start` = the
-    number of steps done, and the generator in the state that it then had.
-    Returns the clean latents, F x C x H x W. Raises ValueError if arguments do not fit together.
+    source of all randomness; at_once: windows per call of `predict_x0`.
+    callback(step, t, x0, latents) is called after every step with its estimate and its result.
+    Returns the clean latents, F x C x H x W. Raises ValueError if arguments do not fit together;
+    warns if stage 2 is asked for and never runs.
     """
     if len(prompts) != len(windows):
         raise ValueError(f"There are {len(windows)} windows but {len(prompts)} prompts; give one for each window.")
@@ -382,31 +432,16 @@ def syncos(
         raise ValueError(f"The windows must cover the {len(latents)} latent frames and no others; see make_windows.")
     if generator.device.type != "cpu":
         raise ValueError("The generator must be on the CPU, so that a seed gives the same video on every device.")
+    if settings.refine and not refined_steps(levels, settings):
+        warnings.warn(
+            f"Stage 2 never runs: no timestep with a signal is above t_min = {settings.t_min:g} (the first is "
+            f"{levels[0].t:g}). This is Gen-L-Video; lower t_min, or choose refine=False.",
+            stacklevel=2,
+        )
 
-    s, x = settings, latents.float()
-    x0 = x if x0 is None else x0
-    for step in range(start, len(levels) - 1):
-        level, prev = levels[step], levels[step + 1]
-
-        # stage 1: local
-        if s.codenoise:
-            x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts)
-
-        # the noise that couples stages 2 and 3, new at every step and fixed within it; below t_min
-        # [ours] DDIM's own
-        baseline = s.noise != "implied" and level.t > s.t_min
-        noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
-
-        # stage 2: global, grounded at t
-        if candidates := refine_levels(step, levels, s):
-            eps = None if s.noise == "fresh" else noise
-            x0 = csd_refine(
-                predict_x0, x0, candidates, eps, windows, prompts, generator, s.csd_iters, s.csd_batch, s.csd_lr
-            )
-
-        # stage 3: back to the previous timestep
-        x = revert(x0, noise, prev) if s.revert else x0
-
+    x = x0 = latents.float()
+    for step, level in enumerate(levels[:-1]):
+        x0, x = syncos_step(predict_x0, x, x0, step, levels, windows, prompts, settings, generator, at_once)
         if callback:
             callback(step, level.t, x0, x)
     return x

@@ -4,13 +4,15 @@ file of its own and a line here."""
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from backbones import in_batches
 from extras.baselines import Method, Plan
 from extras.baselines.csd import CSD
 from extras.baselines.ditctrl import DiTCtrl
 from extras.baselines.fifo import Fifo
 from extras.baselines.video_infinity import VideoInfinity
-from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refine_levels, syncos
+from extras.processes import in_batches
+from syncos import GEN_L_VIDEO, STAGE_2_ALONE, Settings, count_evaluations, refined_steps, syncos_step
+
+AT_ONCE = 24  # windows that `in_batches` gets, to cut them up and share them
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SynCoS:
 
     def describe(self, plan: Plan) -> str:
         s, levels = self.settings, plan.levels
-        refined = [x for i, x in enumerate(levels[:-1]) if x.alpha > 0 and refine_levels(i, levels, s)]
+        refined = [levels[i] for i in refined_steps(levels, s) if levels[i].alpha > 0]
         if not refined:
             return f"stage 2 never runs: no timestep is above t_min = {s.t_min:g}" if s.refine else ""
         return (
@@ -41,10 +43,14 @@ class SynCoS:
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
         predict_x0 = in_batches(backbone.predict_x0, plan.recipe.window_batch, done)
-        prompts = [plan.texts[event] for event in plan.events]
-        return syncos(
-            predict_x0, latents, plan.levels, plan.windows, prompts, self.settings, generator, callback, start, x0
-        )
+        prompts, x = [plan.texts[event] for event in plan.events], latents.float()
+        rest = (plan.levels, plan.windows, prompts, self.settings, generator, AT_ONCE)
+        x0 = x if x0 is None else x0
+        for step in range(start, self.steps(plan)):
+            x0, x = syncos_step(predict_x0, x, x0, step, *rest)
+            if callback:
+                callback(step, plan.levels[step].t, x0, x)
+        return x
 
 
 METHODS: dict[str, Callable[[Settings], Method]] = {  # from the settings that the user chose

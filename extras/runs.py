@@ -1,24 +1,20 @@
-"""What makes a long run safe: saved state, resume, several processes, signals, previews."""
+"""What makes a long run safe: saved state, resume, signals, previews."""
 
-import atexit
 import json
-import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from backbones import Backbone, check_finite
 from extras import videos as V
 from extras.baselines import Method, Plan
+from extras.processes import main_process
 from prompts import Story
 
 TROUBLE = (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError)  # what can happen to a good plan
@@ -44,7 +40,7 @@ class Run:
         r = self.plan.recipe
         about = dict(model=r.model, dtype=str(self.dtype), seed=self.seed, frames=r.latent_frames, window=r.window)
         about |= dict(latent=r.latent, steps=r.num_inference_steps, guidance_scale=r.guidance_scale)
-        about |= dict(texts=self.plan.texts, stride=r.settings.stride)
+        about |= dict(texts=self.plan.texts, stride=r.stride)
         about |= dict(methods={name: [type(m).__name__, asdict(m)] for name, m in self.methods.items()})
         return json.loads(json.dumps(about))
 
@@ -55,7 +51,7 @@ class Run:
             f"{r.model} on {self.device}, {str(self.dtype).removeprefix('torch.')}, guidance {r.guidance_scale:g}, "
             f"seed {self.seed}",
             f"{r.num_frames} frames at {r.fps:g} fps = {r.latent_frames} latent frames: {len(plan.windows)} windows of "
-            f"{r.window}, stride {r.settings.stride}; {r.num_inference_steps} steps",
+            f"{r.window}, stride {r.stride}; {r.num_inference_steps} steps",
         ]
         for name, method in self.methods.items():
             count, more = method.evaluations(plan, method.steps(plan)), method.describe(plan)
@@ -187,55 +183,3 @@ def stopped(error: BaseException, safe: str = "") -> SystemExit:
     safe on disk. One process speaks."""
     why = {KeyboardInterrupt: "Stopped.", torch.OutOfMemoryError: OUT_OF_MEMORY}.get(type(error), str(error))
     return SystemExit(f"{why} {safe}".strip() if main_process() else 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun
-
-
-def main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def several_processes() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-def join_processes(device: str | None) -> str | None:
-    """Under torchrun: meet the other processes. Each takes a GPU; the first writes and prints.
-
-    Returns the device of this process. Raises ValueError if there are not enough GPUs.
-    """
-    if not several_processes():
-        return device
-    if device and device.startswith("cuda:"):
-        raise ValueError(f"--device {device} would put every process on one GPU; use --device cuda.")
-    gpu = torch.cuda.is_available() and device in (None, "cuda")
-    here, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpu and local > here:
-        raise ValueError(f"{local} processes need {local} GPUs, this machine has {here}; use --nproc_per_node {here}.")
-    if gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))  # previews may take the first long
-    atexit.register(leave_processes)
-    if not main_process():
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def encode(backbone: Backbone, texts: Sequence[str]) -> None:
-    """The first process encodes the prompts and hands them on: a text encoder takes up to 10 GB."""
-    if main_process():
-        backbone.encode(texts)
-    if several_processes():
-        shared = [{text: [x.cpu() for x in parts] for text, parts in backbone.texts.items()}]
-        dist.broadcast_object_list(shared, src=0)
-        backbone.texts = {text: tuple(x.to(backbone.device) for x in parts) for text, parts in shared[0].items()}
-
-
-def leave_processes() -> None:
-    """Destroy the group on all ranks together, before the first decodes alone:
-    NCCL ranks may wait for each other."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

@@ -13,9 +13,12 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from helpers import PROMPT, make_tokenizer, maxdiff, randn, rng
 
-from backbones import TINY, Backbone, CogVideoX, in_batches
+from backbones import Backbone, CogVideoX
 from extras.models import RECIPES, get_recipe
+from extras.models.checked import CheckedCogVideoX
+from extras.models.tiny import TINY
 from extras.models.videocrafter2 import VideoCrafter2
+from extras.processes import in_batches
 from syncos import GEN_L_VIDEO, Settings, count_evaluations, flow_levels, syncos
 
 
@@ -150,7 +153,7 @@ def test_a_missing_part_is_refused_by_name(sincos_folder, tmp_path):
         (weights,) = (tmp_path / "model" / part).glob("*.safetensors")
         weights.rename(tmp_path / "kept")
         with pytest.raises(ValueError, match=f"{tmp_path / 'model'}") as error:
-            load(CogVideoX(str(tmp_path / "model")))
+            load(CheckedCogVideoX(str(tmp_path / "model")))
         assert "\n" not in str(error.value)
         (tmp_path / "kept").rename(weights)
 
@@ -167,7 +170,7 @@ def test_one_window_is_the_pipeline(pipeline_folder, steps, guidance):
     noise, backbone = randn(5, 4, 2, 4), prepared(pipeline_folder, guidance_scale=guidance)
     levels = backbone.levels(steps)
     assert levels[0].alpha == 0
-    settings = Settings(stride=5, **GEN_L_VIDEO)
+    settings = Settings(**GEN_L_VIDEO)
     got = syncos(backbone.predict_x0, noise, levels, [slice(0, 5)], [PROMPT], settings, rng())
 
     pipe = CogVideoXPipeline.from_pretrained(pipeline_folder, dtype=torch.float32)
@@ -185,7 +188,7 @@ def test_the_decoder_comes_to_the_device_for_every_piece(sincos_folder, monkeypa
     moved, pre_forward = [], accelerate.hooks.CpuOffload.pre_forward
     spy = lambda hook, model, *args, **options: moved.append(model) or pre_forward(hook, model, *args, **options)  # noqa: E731
     monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", spy)
-    backbone = CogVideoX(sincos_folder, offload="model")
+    backbone = CheckedCogVideoX(sincos_folder, offload="model")
     backbone.load(decoder_only=True)
     assert len(list(backbone.decode(randn(5, 4, 2, 4)))) == 17
     assert moved == [backbone.pipe.vae] * 2
@@ -194,7 +197,7 @@ def test_the_decoder_comes_to_the_device_for_every_piece(sincos_folder, monkeypa
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("tiling", [False, True])
 def test_streamed_decoding_equals_one_go(sincos_folder, frames, tiling):
-    backbone = CogVideoX(sincos_folder, tiling=tiling)
+    backbone = CheckedCogVideoX(sincos_folder, tiling=tiling)
     backbone.load(decoder_only=True)
     pipe = CogVideoXPipeline.from_pretrained(sincos_folder, dtype=torch.float32)
     assert backbone.pipe.transformer is None and backbone.pipe.text_encoder is None
@@ -214,7 +217,7 @@ def test_streamed_decoding_equals_one_go(sincos_folder, frames, tiling):
 def test_decoding_is_in_small_pieces_and_two_videos_can_take_turns(sincos_folder):
     """No call of the decoder sees more than three latent frames, whatever the
     length, and nothing is decoded ahead."""
-    backbone, seen = CogVideoX(sincos_folder), []
+    backbone, seen = CheckedCogVideoX(sincos_folder), []
     backbone.load(decoder_only=True)
     decoder, forward = backbone.pipe.vae.decoder, backbone.pipe.vae.decoder.forward
     decoder.forward = lambda z, conv_cache=None: seen.append(z.shape[2]) or forward(z, conv_cache=conv_cache)

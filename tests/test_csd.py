@@ -8,11 +8,12 @@ from helpers import call, maxdiff, randn, rng
 
 import demo
 import syncos as S
-from backbones import TINY, CogVideoX
-from extras import runs
+from backbones import CogVideoX
+from extras import options, runs
 from extras.baselines import Plan
 from extras.baselines.csd import CSD, csd
 from extras.methods import METHODS
+from extras.models.tiny import TINY
 from extras.videos import read_tensors
 
 LEVELS = CogVideoX.make_levels(TINY.scheduler, 25)
@@ -86,8 +87,8 @@ def test_demo(base, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["csd", "ditctrl-sde"])
 def test_resumes_from_disk(method, base, tmp_path):
     args = demo.make_parser().parse_args([*base, "--num_frames", "41", "--method", method])
-    run, path = demo.plan_run(args), tmp_path / "state.safetensors"
-    backbone = demo.load(args, run.plan.recipe, run.device, run.dtype)
+    run, path = options.plan_run(args), tmp_path / "state.safetensors"
+    backbone = run.plan.recipe.backbone(run.plan.recipe.model, run.device, run.dtype, run.plan.recipe.guidance_scale)
     backbone.encode(run.plan.texts)
     backbone.load()
 

@@ -22,6 +22,7 @@ from backbones import CogVideoX
 from extras import videos as V
 from extras.methods import METHODS
 from extras.models import RECIPES
+from extras.models.checked import CheckedCogVideoX
 from prompts import SCENARIOS
 from syncos import ABLATIONS
 
@@ -249,7 +250,7 @@ def test_no_memory_names_what_helps_and_loses_nothing(base, tmp_path, monkeypatc
         yield np.zeros((16, 32, 3), np.uint8)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(CogVideoX, "decode", full)
+    monkeypatch.setattr(CheckedCogVideoX, "decode", full)
     with pytest.raises(SystemExit, match=f"--decode {latents} --vae_tiling"):
         call(*base)
     assert (tmp_path / "video.mp4").read_text() == "precious"

@@ -108,7 +108,7 @@ def test_as_the_authors_loops_with_fewer_evaluations(sde):
 def test_frames_alone_are_plain_ddim():
     """For a model that looks at each frame alone neither windows nor weights matter."""
     model = Gaussian(LEVELS[25])
-    ddim = S.Settings(stride=49, **S.GEN_L_VIDEO)
+    ddim = S.Settings(**S.GEN_L_VIDEO)
     plain = S.syncos(model, randn(*SHAPE), LEVELS[25], [slice(0, 49)], ["0.3"], ddim, rng())
     assert maxdiff(run(model, LEVELS[25]), plain) < 2e-6
 
@@ -174,7 +174,7 @@ def test_texts_glide():
 
 def tiny_plan(folder, **change):
     recipe = replace(COGVIDEOX_2B, model=folder, **CogVideoX.inspect(folder), num_inference_steps=4, window_batch=3)
-    return Plan(replace(recipe, settings=S.Settings(stride=2), num_frames=41, **change), ("it runs", "it jumps"))
+    return Plan(replace(recipe, stride=2, num_frames=41, **change), ("it runs", "it jumps"))
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def story(events, **change):
 def test_evaluations():
     assert DiTCtrl().evaluations(story(4), 50) == 684 and DiTCtrl(sharing=(-1, 1000)).evaluations(story(4), 50) == 900
     assert DiTCtrl().evaluations(story(4, num_inference_steps=25), 25) == 346
-    plan = story(4, settings=S.Settings(stride=7), num_frames=217)  # the published paper's overlap
+    plan = story(4, stride=7, num_frames=217)  # the published paper's overlap
     assert len(plan.windows) == 7 and DiTCtrl(transitions=1).evaluations(plan, 50) == 465
     shared = lambda steps: [i for i, level in enumerate(LEVELS[steps]) if DiTCtrl().shares(level)]  # noqa: E731
     assert shared(50) == [*range(2, 25)] and shared(25) == [*range(1, 13)]
@@ -309,9 +309,9 @@ def test_lengths_that_fit():
         with pytest.raises(ValueError, match=f"--num_frames {frames} "):
             DiTCtrl().check(story(events, num_frames=289))
     for events, frames in ((2, 105), (3, 161), (4, 217), (5, 273)):
-        DiTCtrl(transitions=1).check(story(events, num_frames=frames, settings=S.Settings(stride=7)))
+        DiTCtrl(transitions=1).check(story(events, num_frames=frames, stride=7))
     with pytest.raises(ValueError, match="another --stride"):
-        DiTCtrl().check(story(4, settings=S.Settings(stride=7)))
+        DiTCtrl().check(story(4, stride=7))
     with pytest.raises(ValueError, match="only one"):
         DiTCtrl().check(story(1, num_frames=49))
 

@@ -11,7 +11,7 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 from helpers import ABAR, PROMPT, Gaussian, call, make_flow, maxdiff, randn, refusal, rng, stop_at_preview
 
 import syncos as S
-from backbones import CogVideoX, OpenSoraPlan, in_batches
+from backbones import CogVideoX, OpenSoraPlan
 from extras.baselines.fifo import (
     Fifo,
     count_evaluations,
@@ -23,6 +23,7 @@ from extras.baselines.fifo import (
 )
 from extras.measure.memory import meta_as_gpu
 from extras.models.wan import Wan
+from extras.processes import in_batches
 from extras.videos import read_tensors
 
 LEVELS = S.diffusion_levels(ABAR, list(range(999, 0, -83)))  # 13 steps

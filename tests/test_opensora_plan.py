@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from backbones import OPENSORA_PLAN, OpenSoraPlan
 from extras.models import get_recipe
+from extras.models.checked import CheckedOpenSoraPlan
 from extras.ports.loading import load_network
 from extras.ports.opensora_plan import (
     TRANSFORMER,
@@ -219,12 +220,12 @@ def test_schedule_and_sizes():
     levels = OpenSoraPlan.make_levels(OPENSORA_PLAN.scheduler, 50)
     assert [level.t for level in levels[:3]] == [999, 979, 959] and levels[0].alpha == 0
     assert levels[1].alpha ** 2 == pytest.approx(2.0058e-6, rel=1e-3)
-    small = OpenSoraPlan.resize(OPENSORA_PLAN, 256, 320, 29)
+    small = CheckedOpenSoraPlan.resize(OPENSORA_PLAN, 256, 320, 29)
     assert small.window == 8 and small.latent == (8, 32, 40)
     with pytest.raises(ValueError, match="32"):
-        OpenSoraPlan.resize(OPENSORA_PLAN, 250, 320, 29)
+        CheckedOpenSoraPlan.resize(OPENSORA_PLAN, 250, 320, 29)
     with pytest.raises(ValueError, match="93"):
-        OpenSoraPlan.resize(OPENSORA_PLAN, 256, 320, 49)
+        CheckedOpenSoraPlan.resize(OPENSORA_PLAN, 256, 320, 49)
 
 
 def test_demo_end_to_end(opensora_release, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import prompts as P
+from extras import llm
 from syncos import make_windows
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +122,7 @@ def ask(answers, tmp_path) -> list:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         words = ["A cat's day", "--num_prompts", "3", "--llm", "some-model", "--output", str(tmp_path / "story.json")]
         try:
-            P.main([*words, "--base_url", f"http://127.0.0.1:{server.server_port}/v1"])
+            llm.main([*words, "--base_url", f"http://127.0.0.1:{server.server_port}/v1"])
         finally:
             server.shutdown()
     return requests
@@ -162,7 +163,7 @@ def test_llm_is_asked_once_more_with_what_was_wrong(tmp_path):
     ([dict(cut=GOOD[:50])], "cut off"),
 ])  # fmt: skip
 def test_llm_that_fails_leaves_no_file(answers, keyword, tmp_path):
-    with pytest.raises(SystemExit, match=f"^prompts.py: .*{keyword}"):  # one sentence, status 1
+    with pytest.raises(SystemExit, match=f"^extras.llm: .*{keyword}"):  # one sentence, status 1
         ask(answers, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,6 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from helpers import frames_of, make_pipeline, randomize, rng
 
-from backbones import in_batches
 from extras.baselines import Plan
 from extras.methods import METHODS
 from extras.models import RECIPES, get_recipe
@@ -50,8 +49,7 @@ def test_the_snippet_runs_and_is_the_backbone(tmp_path, monkeypatch):
     backbone.load()
     levels, generator, prompts = backbone.levels(50), rng(), [plan.texts[event] for event in plan.events]
     noise = torch.randn(49, *recipe.latent, generator=generator)
-    predict_x0 = in_batches(backbone.predict_x0, 1)
-    expected = syncos(predict_x0, noise, levels, plan.windows, prompts, Settings(), generator)
+    expected = syncos(backbone.predict_x0, noise, levels, plan.windows, prompts, Settings(), generator)
 
     def from_pretrained(name, dtype):
         assert name == RECIPES["cogvideox"].model and dtype == torch.float16

@@ -16,9 +16,10 @@ from helpers import call, frames_of, run_processes
 from safetensors import torch as safetensors
 
 import demo
-from backbones import CogVideoX, in_batches
-from extras import runs
+from backbones import CogVideoX
+from extras import options, runs
 from extras import videos as V
+from extras.processes import in_batches
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 def prepared(base):
     """A small run and its backbone: 4 steps, 2 of them refined; 24 model evaluations."""
     args = demo.make_parser().parse_args(base)
-    run = demo.plan_run(args)
-    backbone = demo.load(args, run.plan.recipe, run.device, run.dtype)
+    run = options.plan_run(args)
+    backbone = run.plan.recipe.backbone(run.plan.recipe.model, run.device, run.dtype, run.plan.recipe.guidance_scale)
     backbone.encode(run.plan.texts)
     backbone.load()
     return run, backbone

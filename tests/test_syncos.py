@@ -16,12 +16,12 @@ from helpers import ABAR, ROOT, Gaussian, make_flow, maxdiff, randn, rng
 import syncos as S
 
 LEVELS = S.diffusion_levels(ABAR, list(range(999, 0, -50)))
-SMALL = S.Settings(stride=2, t_min=500, csd_iters=3, csd_batch=3)
+SMALL = S.Settings(t_min=500, csd_iters=3, csd_batch=3)
 VARIANTS = {"syncos": {}, "gen-l-video": S.GEN_L_VIDEO, "stage-2-alone": S.STAGE_2_ALONE, **S.ABLATIONS}
 
 
 def run(settings=SMALL, denoiser=None, seed=0, **options):
-    windows = S.make_windows(11, 5, settings.stride)
+    windows = S.make_windows(11, 5, 2)
     prompts = [str(i / len(windows)) for i in range(len(windows))]
     return S.syncos(
         denoiser or Gaussian(LEVELS), randn(11, 2, 3, 3), LEVELS, windows, prompts, settings, rng(seed), **options
@@ -122,7 +122,7 @@ def test_gaussian_prior_in_closed_form(prediction):
         return S.to_x0(output, x, at[t], prediction)
 
     x = randn(5, 2, 3, 3)
-    settings = S.Settings(stride=5, **S.GEN_L_VIDEO)
+    settings = S.Settings(**S.GEN_L_VIDEO)
     result = S.syncos(predict, x, levels, [slice(0, 5)], [str(mean)], settings, rng())
 
     expected = x.double()  # each step changes only the scale of x_t - alpha_t mean
@@ -194,11 +194,12 @@ def test_codenoise_gives_each_window_its_prompt_a_few_windows_at_a_time():
 
     prompts = [str(i) for i in range(len(windows))]
     fused = S.temporal_codenoise(predict, x, 999, windows, prompts)
-    assert sizes == [(24, 24), (24, 24), (1, 1)]
+    assert sizes == [(1, 1)] * 49
     for frame in range(100):
         numbers = [i for i, w in enumerate(windows) if w.start <= frame < w.stop]
         assert maxdiff(fused[frame], x[frame] * sum(numbers) / len(numbers)) < 1e-4
-    assert torch.equal(S.temporal_codenoise(predict, x, 999, windows, prompts, batch=len(windows)), fused)
+    assert torch.equal(S.temporal_codenoise(predict, x, 999, windows, prompts, at_once=24), fused)
+    assert sizes[49:] == [(24, 24), (24, 24), (1, 1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def test_ablations_do_what_they_say():
                 seen.append(t)
             return model(x, t, prompts)
 
-        run(settings, spy)
+        run(settings, spy, at_once=len(windows))
         return seen
 
     coupled = [level.t for level in LEVELS if level.t > 500 and level.alpha > 0]
@@ -406,7 +407,7 @@ def test_baseline_noise_is_shared_by_stages_2_and_3():
         seen.setdefault(t, []).append(x[0])
         return torch.zeros_like(x)
 
-    settings = S.Settings(stride=3, t_min=0, csd_iters=2, csd_lr=0.0)
+    settings = S.Settings(t_min=0, csd_iters=2, csd_lr=0.0)
     S.syncos(model, randn(3, 1, 2, 2), LEVELS, [slice(0, 3)], ["a"], settings, rng(),
              callback=lambda step, t, x0, x: states.update({t: x}))  # fmt: skip
     for level, prev in zip(LEVELS[1:-2], LEVELS[2:]):
@@ -430,7 +431,7 @@ def test_loop_refuses_what_does_not_fit():
         S.syncos(Gaussian(LEVELS), x, LEVELS, windows, ["0"], SMALL, rng())
     with pytest.raises(ValueError, match="cover"):
         S.syncos(Gaussian(LEVELS), x, LEVELS, windows[:1], ["0"], SMALL, rng())
-    for bad in (dict(csd_batch=0), dict(csd_iters=0), dict(csd_lr=-1), dict(stride=0), dict(noise="pink")):
+    for bad in (dict(csd_batch=0), dict(csd_iters=2.5), dict(csd_lr=-1), dict(t_min=math.nan), dict(noise="pink")):
         with pytest.raises(ValueError, match=next(iter(bad))):
             replace(SMALL, **bad)
 
@@ -445,7 +446,9 @@ def test_a_stopped_run_resumes_and_the_loop_keeps_its_input():
     for start, x0, x, state in steps[::6]:
         kept = x.clone()
         generator.set_state(state)
-        again = S.syncos(Gaussian(LEVELS), x, LEVELS, windows, prompts, SMALL, generator, None, start, x0)
+        again, rest = x, (LEVELS, windows, prompts, SMALL, generator)
+        for step in range(start, len(LEVELS) - 1):
+            x0, again = S.syncos_step(Gaussian(LEVELS), again, x0, step, *rest)
         assert torch.equal(again, whole) and torch.equal(x, kept)
 
 
@@ -458,7 +461,7 @@ import sys, torch, syncos as S
 levels = S.diffusion_levels(torch.linspace(0.999, 0, 1000).double(), range(999, 0, -100))
 windows = S.make_windows(9, 5, 2)
 x = S.syncos(lambda x, t, p: x * 0.5, torch.randn(9, 2, 2, 2), levels, windows, list("abc"),
-             S.Settings(stride=2, t_min=500, csd_iters=2), torch.Generator().manual_seed(0))
+             S.Settings(t_min=500, csd_iters=2), torch.Generator().manual_seed(0))
 assert x.shape == (9, 2, 2, 2) and x.isfinite().all()
 assert not {"diffusers", "transformers", "backbones", "prompts"} & set(sys.modules)
 """
@@ -544,7 +547,7 @@ def test_purpose_fewer_identities_than_gen_l_video():
     prompts = ["right"] * 5 + ["left"] * 4
     distinct = {}
     for method in ("gen-l-video", "syncos"):
-        settings = S.Settings(stride=3, t_min=100, csd_iters=10)
+        settings = S.Settings(t_min=100, csd_iters=10)
         settings = replace(settings, **VARIANTS[method])
         samples = [
             S.syncos(model, randn(30, 1, 8, 8, seed=i), LEVELS, windows, prompts, settings, rng(i)) for i in range(6)

@@ -19,11 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
-from backbones import TINY
 from extras.baselines import Plan
 from extras.methods import SynCoS
 from extras.models import get_recipe
-from extras.models.tiny_unet import TINY_UNET
+from extras.models.tiny import TINY, TINY_UNET
 from extras.models.videocrafter2 import SCHEDULER, VideoCrafter2
 from extras.tiny import train, unet
 from extras.tiny import world as W

@@ -16,10 +16,11 @@ from PIL import ImageFont
 from safetensors.torch import load_file, save_file
 
 import demo
-from backbones import Backbone, CogVideoX, check_finite
-from extras import runs
+from backbones import CogVideoX, check_finite
+from extras import options, runs
 from extras import videos as V
 from extras.models import get_recipe
+from extras.models.checked import Checked, CheckedCogVideoX
 from extras.models.wan import Wan
 from extras.ports.loading import load_network
 
@@ -133,7 +134,7 @@ def test_the_check_costs_one_synchronisation_per_step(monkeypatch, words):
 # Prompts
 
 
-class Words(Backbone):
+class Words(Checked):
     """Four words and an end mark."""
 
     text_length = 5
@@ -271,9 +272,9 @@ def test_more_processes_than_gpus(monkeypatch, words, capsys):
 
 def test_several_processes_always_keep_their_state(monkeypatch):
     args = demo.make_parser().parse_args([])
-    assert not demo.keeps_state(args)
+    assert not options.keeps_state(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert demo.keeps_state(args) and demo.state_file(args) == Path("output.state.safetensors")
+    assert options.keeps_state(args) and options.state_file(args) == Path("output.state.safetensors")
 
 
 def test_compile_and_sequential_offload_do_not_go_together(capsys):
@@ -281,7 +282,7 @@ def test_compile_and_sequential_offload_do_not_go_together(capsys):
 
 
 def test_previews_are_tiled(sincos_folder):
-    backbone, seen = CogVideoX(sincos_folder), []
+    backbone, seen = CheckedCogVideoX(sincos_folder), []
     backbone.load(decoder_only=True)
     tiled = backbone.pipe.vae.tiled_decode
     backbone.pipe.vae.tiled_decode = lambda *args, **options: seen.append(1) or tiled(*args, **options)

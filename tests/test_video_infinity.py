@@ -294,9 +294,9 @@ def test_clips_events_and_counts(unet, backbone, monkeypatch):
     assert calls == [(4, level.t, [TEXTS[0], TEXTS[0], TEXTS[1], TEXTS[2]]) for level in plan.levels[:-1]]
     assert counted == [4] * 3 and method.evaluations(plan, method.steps(plan)) == 12
 
-    windows, ddim = [slice(i, i + 4) for i in range(0, 16, 4)], S.Settings(stride=4, **S.GEN_L_VIDEO)
+    windows, ddim = [slice(i, i + 4) for i in range(0, 16, 4)], S.Settings(**S.GEN_L_VIDEO)
     with linked_clips(unet, 4, method, 3):
-        expected = S.syncos(predict, noise, plan.levels, windows, calls[0][2], ddim, rng())
+        expected = S.syncos(predict, noise, plan.levels, windows, calls[0][2], ddim, rng(), at_once=4)
     assert torch.equal(latents, expected)
 
 
@@ -354,7 +354,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="--num_frames 12 or 16, not 14"):
         VideoInfinity().check(plan_of(frames=14))
     with pytest.raises(ValueError, match="3 events do not fit into 2 clips"):
-        VideoInfinity().check(plan_of(2, TEXTS, settings=S.Settings(stride=1)))
+        VideoInfinity().check(plan_of(2, TEXTS, stride=1))
     for name in RECIPES.keys() - {"videocrafter2", "tiny-unet"}:
         with pytest.raises(ValueError, match="only videocrafter2 and tiny-unet"):
             VideoInfinity().check(Plan(RECIPES[name], TEXTS[:1]))

@@ -97,7 +97,7 @@ def test_the_schedule_is_the_official_ddim():
 
     at = {level.t: level for level in levels}
     predict_x0 = lambda x, t, prompts: to_x0(torch.tanh(0.8 * x + t / 1000), x, at[t], "epsilon")  # noqa: E731
-    noise, settings = GOLDEN["ddim.x_T"][0].transpose(0, 1), Settings(stride=3, **GEN_L_VIDEO)
+    noise, settings = GOLDEN["ddim.x_T"][0].transpose(0, 1), Settings(**GEN_L_VIDEO)
     sample = syncos(predict_x0, noise, levels, [slice(0, 3)], [""], settings, rng())
     assert maxdiff(sample, GOLDEN["ddim.sample"][0].transpose(0, 1)) < 1e-4  # of 35
 

@@ -46,7 +46,7 @@ def test_one_window_is_the_pipeline(wan_folder, pipe, steps, guidance):
     Euler's steps, latents and frames."""
     noise, backbone = randn(F, C, H, W), prepared(wan_folder)
     backbone.guidance_scale = guidance
-    levels, settings = backbone.levels(steps), Settings(stride=F, **GEN_L_VIDEO)
+    levels, settings = backbone.levels(steps), Settings(**GEN_L_VIDEO)
     got = syncos(backbone.predict_x0, noise, levels, [slice(0, F)], [PROMPT], settings, rng())
 
     args = dict(num_inference_steps=steps, guidance_scale=guidance, height=8 * H, width=8 * W, num_frames=4 * F - 3)

@@ -12,7 +12,7 @@ import prompts as P
 from backbones import Backbone, Recipe
 from syncos import Level
 
-Callback = Callable[[int, float, Tensor, Tensor], None]  # as in syncos.syncos
+Callback = Callable[[int, float, Tensor, Tensor], None]  # see `Method.sample`
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class Method(Protocol):
     ) -> Tensor:
         """Sample the clean latents, F x C x H x W, from the initial noise of that shape.
 
-        backbone: loaded, its texts encoded, its levels made. callback: as in `syncos.syncos`; a
-        stopped run resumes from the `latents` and `x0` of its last call (in a shape of the
-        method's own), `start` steps done, and the generator's state. done(n) is called after every
-        n windows that the model evaluated.
+        backbone: loaded, its texts encoded, its levels made. callback(step, t, x0, latents) is
+        called after every step with its estimate and its result (in shapes of the method's own). A
+        stopped run resumes, bit for bit, from what its last call got, `start` = the number of steps
+        done, and the generator in the state that it then had. done(n) is called after every n
+        windows that the model evaluated.
         """

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import syncos as S
-from backbones import in_batches
 from extras.baselines import Callback, Plan
+from extras.processes import in_batches
 from syncos import Level, PredictX0
 
 
@@ -69,7 +69,7 @@ def csd(
 
     callback(iteration, t, x0, moments) is called after every iteration, with AdamW's
     two moments, 2 x F x C x H x W. A stopped run resumes from them in place of
-    `latents`; the rest as for `syncos.syncos`.
+    `latents`; the rest as for `Method.sample`.
     """
     levels = [level for level in levels[:-1] if level.alpha > 0]
     x = (x0 if start else latents).float().clone()

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 import syncos as S
-from backbones import Backbone, CogVideoX, in_batches
+from backbones import Backbone, CogVideoX
 from extras.baselines import Callback, Plan
+from extras.processes import in_batches
 from syncos import Level, PredictX0
 
 
@@ -49,7 +50,7 @@ class DiTCtrl:
             raise ValueError("ditctrl needs joint attention over text and video, which only CogVideoX has here.")
         if events < 2:
             raise ValueError("ditctrl joins events and this story has only one; use at least two.")
-        each = r.frames_per_latent * (self.transitions + 1) * r.settings.stride  # video frames per further event
+        each = r.frames_per_latent * (self.transitions + 1) * r.stride  # video frames per further event
         frames = r.frames_per_latent * (r.window - 1) + 1 + (events - 1) * each
         if frames != r.num_frames:
             fits = f"use --num_frames {frames} for {events} events ({each} more for each further event)."
@@ -131,7 +132,7 @@ def ditctrl(
     predict_x0: as in syncos.py; predict_pairs: the same for source and target in turn, where each
     target uses its source's keys and values; latents: the initial noise, F x C x H x W, float32;
     texts: one per window, some mixed; generator: on the CPU, for the SDE. callback, start, x0:
-    as for `syncos.syncos`.
+    as for `Method.sample`.
     Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit
     together.
     """

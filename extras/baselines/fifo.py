@@ -25,8 +25,9 @@ from torch import Tensor
 
 import prompts as P
 import syncos as S
-from backbones import Backbone, CogVideoX, in_batches
+from backbones import Backbone, CogVideoX
 from extras.baselines import Callback, Plan
+from extras.processes import in_batches
 from syncos import Level
 
 
@@ -130,7 +131,7 @@ def fifo(
     other randomness.
     callback(turn, t, x0, latents) is called after every turn, with the timestep of the frame that
     leaves, the video as far as it is known (frames that left and estimates of those in the queue,
-    else 0) and the queue. To resume a stopped run, pass these as for `syncos.syncos`.
+    else 0) and the queue. To resume a stopped run, pass these as for `Method.sample`.
     Returns the clean latents, F x C x H x W. Raises ValueError if the arguments do not fit
     together.
     """
@@ -147,7 +148,7 @@ def fifo(
 
     # the base clip, noised, at the noisy end; copies of its first frame before it
     if start == 0:
-        ddim = S.Settings(stride=size, **S.GEN_L_VIDEO)
+        ddim = S.Settings(**S.GEN_L_VIDEO)
         clip = S.syncos(predict_x0, latents[:size], levels, [slice(0, size)], prompts[:1], ddim, generator)
         source = [max(0, position - context - early) for position in range(len(at))]
         x0, latents = torch.zeros_like(latents), S.revert(clip[source], draw(len(at)), now)

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import syncos as S
-from backbones import processes
 from extras.baselines import Plan
 from extras.models.videocrafter2 import VideoCrafter2
+from extras.processes import rank_and_world
 
 REACH = 4  # frames on either side that the four convolutions of a TemporalConvLayer see
 
@@ -52,7 +52,7 @@ class VideoInfinity:
     whole: bool = False  # convolutions and norms on the whole video [paper], not on a clip [authors' code]
 
     def check(self, plan: Plan) -> None:
-        F, f, (_, world) = plan.recipe.latent_frames, plan.recipe.window, processes()
+        F, f, (_, world) = plan.recipe.latent_frames, plan.recipe.window, rank_and_world()
         N, least = F // f, max(self.near, REACH)
         if not issubclass(plan.recipe.backbone, VideoCrafter2):
             raise ValueError(
@@ -82,7 +82,7 @@ class VideoInfinity:
         return f"{self.evaluations(plan, 1)} clips of {plan.recipe.window} frames, one batch whatever --window_batch is"
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
-        N, E, (rank, world) = len(latents) // plan.recipe.window, len(plan.texts), processes()
+        N, E, (rank, world) = len(latents) // plan.recipe.window, len(plan.texts), rank_and_world()
         prompts, own = [plan.texts[n * E // N] for n in range(N)], slice(rank * N // world, (rank + 1) * N // world)
         x = latents.float()
         with linked_clips(backbone.pipe.transformer, N // world, self, E):
@@ -129,7 +129,7 @@ def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor,
     process. Returns B x (reach + L + reach) x ..., zero beyond the video's ends, and
     B x (W picked) x .... Raises ConnectionError.
     """
-    (rank, world), k, L = processes(), len(picked), x.shape[1]
+    (rank, world), k, L = rank_and_world(), len(picked), x.shape[1]
     parts = [torch.cat([x[:, list(picked)], x[:, :reach], x[:, L - reach :]], 1)]
     if world > 1:
         mine, parts = parts[0], [torch.empty_like(parts[0]) for _ in range(world)]
@@ -167,7 +167,8 @@ def linked_clips(unet: nn.Module, clips: int, settings: VideoInfinity, events: i
         """Before the network: sample (B n) C f H W, one timestep for all."""
         nonlocal B, f, picked, bias
         given = dict(zip(("sample", "timestep"), args)) | kwargs
-        sample, t, (_, world) = given["sample"], float(torch.as_tensor(given["timestep"]).flatten()[0]), processes()
+        sample, t = given["sample"], float(torch.as_tensor(given["timestep"]).flatten()[0])
+        _, world = rank_and_world()
         if len(sample) % n:
             raise ValueError(f"A batch of {len(sample)} is not a multiple of {n} clips; send them all in one call.")
         B, f = len(sample) // n, sample.shape[2]

@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
 import syncos as S
-from backbones import COGVIDEOX_2B, TINY, Backbone, Recipe
+from backbones import COGVIDEOX_2B, Backbone, Recipe
 from extras.baselines import Plan
 from extras.measure import memory
 from extras.methods import METHODS
+from extras.models.tiny import TINY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG = COGVIDEOX_2B
@@ -166,7 +167,7 @@ def overhead() -> Iterator[tuple[str, str]]:
 
 def cost_of_sampling(frames: int) -> tuple[float, float]:
     """MiB and seconds of a step of all three stages, five iterations."""
-    windows = S.make_windows(frames, BIG.window, BIG.settings.stride)
+    windows = S.make_windows(frames, BIG.window, BIG.stride)
     x, settings = torch.randn(frames, *BIG.latent).to(DEVICE), replace(BIG.settings, csd_iters=5)
     args = ([LEVEL, S.Level(-1, 1, 0)], windows, [""] * len(windows), settings, torch.Generator().manual_seed(0))
     run = lambda: S.syncos(still, x, *args)  # noqa: E731

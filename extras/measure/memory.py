@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import syncos as S
-from backbones import Backbone, CogVideoX, Recipe, in_batches
+from backbones import Backbone, Recipe
 from extras.models import RECIPES
+from extras.models.checked import CheckedCogVideoX
 from extras.models.wan import Wan
 
 T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
@@ -186,7 +187,7 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
     recipe = RECIPES[name]
     configs = dict(max_text_seq_length=226), recipe.scheduler
     with (
-        patch.object(CogVideoX, "read_configs", return_value=configs),
+        patch.object(CheckedCogVideoX, "read_configs", return_value=configs),
         patch.object(Wan, "inspect", return_value=dict(scheduler=recipe.scheduler)),
     ):
         backbone = recipe.backbone(
@@ -198,7 +199,7 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
 
 def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Iterator[tuple[str, float]]:
     """Encode, sample a step with each window batch, decode; yield each peak in GiB."""
-    size, stride = recipe.window, recipe.settings.stride
+    size, stride = recipe.window, recipe.stride
     windows = S.make_windows(size + 3 * stride, size, stride)
     settings = replace(recipe.settings, csd_iters=1)
     prompts, load_pipe = ["a story"] * len(windows), backbone.load_pipe
@@ -217,8 +218,8 @@ def dry_run(backbone: Backbone, recipe: Recipe, batches: Sequence[int]) -> Itera
         latents = torch.randn(windows[-1].stop, *recipe.latent).to("meta")
         memory.take()
         for n in batches:
-            predict_x0 = in_batches(backbone.predict_x0, n)
-            latents = S.syncos(predict_x0, latents, levels, windows, prompts, settings, torch.Generator())
+            args = (latents, levels, windows, prompts, settings, torch.Generator())
+            latents = S.syncos(backbone.predict_x0, *args, at_once=n)
             yield f"sampling, window batch {n}", memory.take()
         backbone.release_transformer()
         memory.take()

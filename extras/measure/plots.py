@@ -16,8 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from backbones import TINY
 from extras.measure import reproduce as R
+from extras.models.tiny import TINY
 
 FOLDER = Path(__file__).parent
 TABLES = {  # the rows of `R.TABLES` by the paper's table

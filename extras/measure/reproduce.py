@@ -37,7 +37,7 @@ from extras.methods import METHODS, SynCoS
 from extras.models import RECIPES, get_recipe
 from extras.tiny import world as W
 from prompts import Story
-from syncos import ABLATIONS, implied_noise, revert, syncos
+from syncos import ABLATIONS, implied_noise, revert, syncos_step
 
 NAMES = ["shape", "colour", "place", "action"]
 
@@ -181,13 +181,11 @@ class Fading(SynCoS):
     """SynCoS with stage 2's learning rate times sigma at each step. [ours]"""
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
-        prompts, x = [plan.texts[event] for event in plan.events], latents
-        estimates = [x0]
-        keep = lambda step, t, x0, x: estimates.append(x0)  # noqa: E731
+        prompts, x, x0 = [plan.texts[event] for event in plan.events], latents, latents
         for step, level in enumerate(plan.levels[:-1]):
             own = replace(self.settings, csd_lr=self.settings.csd_lr * level.sigma)
-            x = syncos(backbone.predict_x0, x, plan.levels[: step + 2], plan.windows, prompts, own, generator, keep,
-                       step, estimates[-1])  # fmt: skip
+            rest = (step, plan.levels, plan.windows, prompts, own, generator)
+            x0, x = syncos_step(backbone.predict_x0, x, x0, *rest, at_once=len(prompts))
         return x
 
 
@@ -199,12 +197,12 @@ def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]
     name, fading = change.pop("method", "syncos"), change.pop("fading", False)
     structured, steps = change.pop("structured", True), change.pop("steps", recipe.num_inference_steps)
     recipe = replace(recipe, num_inference_steps=steps, num_frames=change.pop("num_frames", recipe.num_frames))
+    recipe = replace(recipe, stride=change.pop("stride", recipe.stride))
     if name == "syncos":
         settings = replace(recipe.settings, **change)
         method, recipe = (Fading if fading else SynCoS)(settings), replace(recipe, settings=settings)
     else:
-        own = replace(recipe.settings, stride=change.pop("stride", recipe.settings.stride))
-        method, recipe = replace(METHODS[name](own), **change), replace(recipe, settings=own)
+        method = replace(METHODS[name](recipe.settings), **change)
     plan = Plan(recipe, tuple(scenario(seed)[0].event_prompts(structured)))
     method.check(plan)
     return plan, method
@@ -227,8 +225,8 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     recipe, backbone, windows, events = plan.recipe, model.backbone, plan.windows, plan.events
     steps, structured = recipe.num_inference_steps, change.get("structured", True)
     key = f"video {model.name} {method} {recipe.num_frames} {steps} {seed}" + " local" * (not structured)
-    if change.get("method", "syncos") != "syncos" and recipe.settings.stride != model.recipe.settings.stride:
-        key += f" stride {recipe.settings.stride}"
+    if recipe.stride != model.recipe.stride:
+        key += f" stride {recipe.stride}"
     if key not in done:
         backbone.encode(plan.texts)
         backbone.set_levels(plan.levels)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbones import Backbone, Recipe, to_uint8
+from backbones import Recipe, to_uint8
+from extras.models.checked import Checked
 from syncos import Level, Settings, diffusion_levels
 
 SCHEDULER = dict(
@@ -35,7 +36,7 @@ def signal_scale(t: int) -> float:
     return 1 - 0.3 * min(max(t, 0), 399) / 399
 
 
-class VideoCrafter2(Backbone):
+class VideoCrafter2(Checked):
     """VideoCrafter2: the release's model.ckpt (hub id, folder or file), or a diffusers folder.
 
     A U-Net that predicts eps. One latent frame is one video frame, so nothing is causal.
@@ -112,6 +113,7 @@ VIDEOCRAFTER2 = Recipe(
     window=16,
     latent=(4, 40, 64),
     scheduler=SCHEDULER,
+    stride=4,
     settings=Settings(t_min=918),  # alpha/sigma there, 0.076, equals CogVideoX-2B's at 800; 4 of 50 steps above
     dtype="float16",
     scenario="corgi",

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones import Backbone, Recipe, check_channels, to_uint8
+from backbones import Recipe, to_uint8
+from extras.models.checked import Checked, check_channels
 from syncos import Level, Settings, flow_levels
 
 
-class Wan(Backbone):
+class Wan(Checked):
     """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError
     for other models, including Wan 2.2.
 
@@ -130,7 +131,8 @@ WAN = Recipe(
     window=21,
     latent=(16, 60, 104),
     scheduler=dict(flow_shift=3.0),
-    settings=Settings(stride=6, t_min=930),  # alpha/sigma there equals CogVideoX-2B's at 800
+    stride=6,
+    settings=Settings(t_min=930),  # alpha/sigma there equals CogVideoX-2B's at 800
     dtype="bfloat16",
     scenario="corgi",
     num_frames=321,  # 81 latent frames, 20 s

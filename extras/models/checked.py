@@ -1,0 +1,164 @@
+"""What the program asks of a backbone beyond `backbones.Backbone`: refusals, sizes, previews."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import diffusers as D
+import numpy as np
+import torch
+import transformers as T
+from torch import Tensor
+
+from backbones import Backbone, CogVideoX, OpenSoraPlan, Recipe, to_uint8
+
+
+class Checked(Backbone):
+    """Tells what a model cannot do or does not see, and which of its files are missing or do not
+    fit, by ValueError. A base class, before another backbone or alone."""
+
+    untiled = ""  # which model cannot decode in tiles, and why
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.tiling and self.untiled:
+            raise ValueError(f"{self.untiled} does not need --vae_tiling; leave it out.")
+
+    @staticmethod
+    def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
+        """The recipe for base clips of another size (pixels, video frames). Raises ValueError."""
+        raise ValueError("This backbone's models have one size; leave out --height, --width and --window_frames.")
+
+    def load_parts(self, *parts: str) -> Any:
+        try:
+            return super().load_parts(*parts)
+        except OSError as error:
+            raise ValueError(f"Cannot load {self.model}: {str(error).splitlines()[0]}") from error
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError if two prompts are the same to the model, too."""
+        if any(text not in self.texts for text in (self.negative_prompt, *prompts)):
+            self.check_lengths(self.load_pipe("tokenizer").tokenizer, prompts)
+        super().encode(prompts)
+
+    def template(self, text: str) -> str:
+        """A prompt in the words that the model was trained with."""
+        return text
+
+    def check_lengths(self, tokenizer: Any, prompts: Sequence[str]) -> None:
+        """Warn of words that the model does not see; raise ValueError if prompts become equal."""
+        room, seen = self.text_length - tokenizer.num_special_tokens_to_add(), {}
+        for text in dict.fromkeys(prompts):
+            ids = tokenizer(self.template(text), add_special_tokens=False, verbose=False).input_ids
+            other = seen.setdefault(tuple(ids[:room]), text)
+            if lost := ids[room:]:
+                unseen = f'The model reads {self.text_length} tokens, so it does not see "{tokenizer.decode(lost)}"'
+                if other != text:
+                    raise ValueError(f"{unseen}, and two events become the same; shorten the global prompt.")
+                warnings.warn(f"{unseen}.", stacklevel=2)
+
+    def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """`decode`, of few frames, in little memory beside the transformer's."""
+        return self.decode(latents)
+
+
+def check_channels(model: str, config: Mapping) -> None:
+    """Raises ValueError for networks that take more than the noisy latent (image-to-video)."""
+    given, made = config.get("in_channels"), config.get("out_channels")
+    if given != made:
+        raise ValueError(
+            f"{model} is not a text-to-video model: its network takes {given} channels and gives {made}, as "
+            "image-to-video models do; use the text-to-video model of the same family."
+        )
+
+
+class CheckedCogVideoX(Checked, CogVideoX):
+    """Refuses 1.5, image-to-video models, another scheduler, and what `load_network` refuses.
+    Decodes piece by piece."""
+
+    @classmethod
+    def read_configs(cls, model: str) -> tuple[Mapping, Mapping]:
+        try:
+            transformer, scheduler = super().read_configs(model)
+        except OSError as error:
+            raise ValueError(
+                f"{model} is not a CogVideoX pipeline: neither a folder with one nor a model of the hub within reach."
+            ) from error
+        if transformer.get("patch_size_t"):
+            raise ValueError(
+                f"{model} is a CogVideoX-1.5 (patch_size_t = {transformer['patch_size_t']}), which packs latent frames "
+                "in pairs; that is not supported, use CogVideoX 2B or 5B."
+            )
+        check_channels(model, transformer)
+        if (prediction := scheduler.get("prediction_type")) != "v_prediction":
+            raise ValueError(
+                f"{model}/scheduler has prediction_type {prediction}, but CogVideoX predicts v: use its own scheduler, "
+                'with "prediction_type": "v_prediction".'
+            )
+        return transformer, scheduler
+
+    def load_pipe(self, *parts: str) -> Any:
+        from extras.ports.loading import load_network, load_tokenizer
+
+        kinds = dict(text_encoder=T.T5EncoderModel, transformer=D.CogVideoXTransformer3DModel)
+        kinds |= dict(vae=D.AutoencoderKLCogVideoX)
+        made = dict.fromkeys(kinds)
+        for name in filter(parts.__contains__, kinds):
+            made[name] = load_network(kinds[name], self.model, name, self.dtype)
+        tokenizer = load_tokenizer(self.model, "tokenizer") if "tokenizer" in parts else None
+        return D.CogVideoXPipeline(tokenizer, scheduler=D.CogVideoXDDIMScheduler.from_config(self.scheduler), **made)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames (F odd). Memory does not grow with F:
+        the VAE gets the pieces that its own `decode` makes (2 latent frames, the first time 3), and
+        the caches of its causal convolutions carry over. Equal to one go, tiled or not."""
+        vae, caches = self.pipe.vae, []  # one cache per tile, in their order
+        z = latents.transpose(0, 1)[None].to(self.device, self.dtype) / vae.config.scaling_factor  # 1 C F H W
+        F, n, forward = len(latents), vae.num_latent_frames_batch_size, vae.decoder.forward
+        first = min(n + F % n, F)
+        for piece in z.split([first] + [n] * ((F - first) // n), dim=2):
+
+            def resume(sample, conv_cache=None, fresh=not caches):
+                frames, cache = forward(sample, conv_cache=None if fresh else caches.pop(0))
+                caches.append(cache)
+                return frames, cache
+
+            vae.decoder.forward = resume
+            try:
+                video = vae.decode(piece, return_dict=False)[0]  # 1 3 n H W
+            finally:
+                vae.decoder.forward = forward
+            yield from to_uint8(video[0])
+
+    def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
+        vae = self.pipe.vae
+        vae.enable_tiling()
+        yield from self.decode(latents)
+        vae.use_tiling = self.tiling
+
+
+class CheckedOpenSoraPlan(Checked, OpenSoraPlan):
+    """Refuses what is not Open-Sora Plan v1.3; other sizes."""
+
+    untiled = "Open-Sora Plan's decoder streams, so it"
+    template = OpenSoraPlan.template
+
+    @classmethod
+    def inspect(cls, model: str) -> dict[str, Any]:
+        from extras.ports.opensora_plan import TRANSFORMER, OpenSoraT2V_v1_3
+
+        try:
+            check_channels(model, OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER))
+        except OSError as error:
+            raise ValueError(f"{model} is not an Open-Sora Plan v1.3: {TRANSFORMER}/config.json is missing.") from error
+        return super().inspect(model)
+
+    @staticmethod
+    def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
+        if height % 32 or width % 32:
+            raise ValueError(f"--height and --width must be multiples of 32, got {height} and {width}.")
+        if frames not in (29, 45, 61, 77, 93):
+            raise ValueError(f"--window_frames must be 29, 45, 61, 77 or 93, got {frames}.")
+        return replace(recipe, window=(frames - 1) // 4 + 1, latent=(recipe.latent[0], height // 8, width // 8))
