@@ -1,14 +1,16 @@
 """From a pretrained text-to-video model to SynCoS's `predict_x0`, and from latents to frames.
 
-    backbone = CogVideoX("zai-org/CogVideoX-2b", "cuda", torch.float16)
+    backbone = COGVIDEOX_2B.make("cuda", torch.float16)
     backbone.encode(prompts)          each once; the text encoder is dropped afterwards
-    levels = backbone.levels(steps)   the noise levels, which `predict_x0` then knows
-    backbone.load()                   transformer and decoder: predict_x0(latents, t, prompts)
-    backbone.release_transformer()    leaves the memory to decode(latents)
+    levels = backbone.levels(50)      the noise levels of 50 steps; `predict_x0` takes their t
+    backbone.load()                   transformer and decoder
+    latents = syncos(backbone.predict_x0, noise, levels, windows, ...)
+    backbone.release_transformer()    leaves the memory to the decoder
+    for frame in backbone.decode(latents): ...
 
 CogVideoX (2B, 5B) needs only this file, syncos.py, diffusers and transformers; Open-Sora Plan v1.3
-also its port in `extras/ports/`. Both trust the files that they load: `extras/models/` has versions
-that refuse damaged and foreign ones, further models, and how to add one.
+also its port in `extras/ports/`. Both trust the files that they load; `extras/models/` has versions
+that refuse damaged and foreign ones, and further models.
 """
 
 import gc
@@ -35,21 +37,21 @@ class Recipe:
     model: str  # hub id or folder
     window: int  # latent frames of the base clip
     latent: tuple[int, int, int]  # C, H, W
-    stride: int  # latent frames between windows
-    scheduler: Mapping  # the released scheduler's configuration
+    stride: int  # latent frames between windows [paper: 4 for CogVideoX, 6 for Open-Sora Plan]
+    scheduler: Mapping  # its configuration, which gives the noise schedule of the run
     dtype: str  # on a GPU; float32 on the CPU
     settings: Settings = Settings()
     scenario: str = "corgi"  # of prompts.SCENARIOS
     num_frames: int = 193  # video frames: 49 latent frames, 4x the base clip
     frames_per_latent: int = 4  # temporal compression
-    frames_step: int = 8  # num_frames - 1 is a multiple: CogVideoX's VAE wants an odd number of latent frames
+    frames_step: int = 8  # num_frames must be frames_step * n + 1 (CogVideoX's VAE needs an odd number of latents)
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     fps: float = 8
     needs_gpu: bool = True
-    window_batch: int = 1  # windows per call of the model
+    window_batch: int = 1  # windows per call of the network
     captions: bool = False  # under the video
-    seconds: Mapping = field(default_factory=dict)  # of a guided window by GPU, from public figures for a base clip
+    seconds: Mapping = field(default_factory=dict)  # per evaluation on a GPU, from public figures for a base clip
 
     @property
     def latent_frames(self) -> int:
@@ -59,20 +61,40 @@ class Recipe:
         """Windows over the whole video, in latent frames. Raises ValueError if they do not fit."""
         return make_windows(self.latent_frames, self.window, self.stride)
 
+    def make(self, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> "Backbone":
+        """The backbone with this recipe's model, guidance and schedule; options: `Backbone`'s."""
+        backbone = self.backbone(self.model, device, dtype, self.guidance_scale, **options)
+        backbone.scheduler = self.scheduler
+        return backbone
+
 
 class Backbone:
     """Prompt cache, placement, guidance, precision and conversion to x0, the same for every model.
 
     model: hub id or folder. offload: "none", or "model" or "sequential" to move whole models or
     single layers to the device when they are called. tiling: decode in spatial tiles, if it can.
+
+    A new model is a subclass with the attributes below and
+
+        make_levels(scheduler, steps)   static: the noise levels, by syncos.diffusion_levels or
+                                        flow_levels
+        load_pipe(*parts)               an object with those of tokenizer, text_encoder, transformer
+                                        and vae as attributes, and None for the others. It can
+                                        `to(device=...)` and, for offload, what diffusers'
+                                        pipelines can: any DiffusionPipeline will do
+        encode_text(pipe, text)         a prompt as a tuple of tensors without a batch axis, each of
+                                        one shape for all prompts
+        denoise(x, t, *texts)           the network's raw output. x: B x f x C x H x W in `dtype`;
+                                        t: float32, B, or B x f if it has frame_timesteps; texts:
+                                        encode_text's tensors, stacked to B x ...
+        decode(latents)                 F x C x H x W -> frames, H x W x 3 uint8, one at a time
     """
 
-    pipe: Any  # the diffusers pipeline: the models, their placement and offload
-    prediction: str  # "v_prediction", "epsilon" or "flow"
-    scheduler: Mapping
-    text_length: int  # tokens that the text encoder reads
+    pipe: Any  # what load_pipe gave
+    prediction: str  # what `denoise` returns: "v_prediction", "epsilon" or "flow"
+    scheduler: Mapping  # its configuration, for make_levels
     negative_prompt = ""
-    frame_timesteps = False  # does `denoise` take a timestep per frame, B x f, as well as one per window?
+    frame_timesteps = False  # does `denoise` take a timestep per frame as well as one per window?
 
     def __init__(self, model: str, device: str = "cpu", dtype: torch.dtype = torch.float32, guidance_scale: float = 6.0,
                  offload: str = "none", tiling: bool = False):  # fmt: skip
@@ -125,7 +147,12 @@ class Backbone:
 
     @torch.no_grad()
     def predict_x0(self, latents: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """SynCoS's contract: noisy windows B x f x C x H x W in, guided x0 out, both float32."""
+        """SynCoS's contract: noisy windows B x f x C x H x W in, guided x0 out, both float32.
+        Raises ValueError if t is not a timestep of the levels, or a prompt was not encoded."""
+        if t not in self.at:
+            raise ValueError(f"{t} is not a timestep of this run; call levels(steps) first and pass the t of a level.")
+        if unknown := [text for text in prompts if text not in self.texts]:
+            raise ValueError(f'"{unknown[0]}" has not been encoded; call encode(prompts) before load().')
         return to_x0(self.guided(latents, torch.tensor([t]), prompts), latents, self.at[t], self.prediction)
 
     @torch.no_grad()
@@ -148,6 +175,7 @@ class Backbone:
 
 
 def ddim_levels(ddim: Any, steps: int) -> list[Level]:
+    """The noise levels of a diffusers scheduler with DDIM's table, in `steps` steps."""
     ddim.set_timesteps(steps)
     return diffusion_levels(ddim.alphas_cumprod, ddim.timesteps.tolist(), float(ddim.final_alpha_cumprod))
 
@@ -161,7 +189,7 @@ def free_memory() -> None:
 def check_finite(what: str, *tensors: Tensor) -> None:
     """Raises FloatingPointError, with what to do, if a value is not finite."""
     if any((~x.isfinite()).any() for x in tensors):
-        way_out = "float16 is too small for some models: use --dtype bfloat16 or float32. If that does not help, the"
+        way_out = "float16 is too small for some models: use bfloat16 or float32. If that does not help, the"
         raise FloatingPointError(f"{what} is not finite. {way_out} weights are damaged.")
 
 
@@ -177,7 +205,8 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 class CogVideoX(Backbone):
     """CogVideoX 2B (sincos positions) or 5B (rotary), not 1.5, in diffusers format. Every window is
-    a clip of its own to the model: positions restart at 0."""
+    a clip of its own to the model: positions restart at 0. Raises ValueError for a scheduler that
+    is not for v-prediction."""
 
     prediction = "v_prediction"
     frame_timesteps = True  # see extras/baselines/fifo.py
@@ -186,21 +215,17 @@ class CogVideoX(Backbone):
     def __init__(self, model: str, *args, **options):
         super().__init__(model, *args, **options)
         self.config, self.scheduler = self.read_configs(model)
-        self.text_length = self.config.get("max_text_seq_length", 226)
+        self.text_length = self.config.get("max_text_seq_length", 226)  # tokens
 
     @classmethod
     def read_configs(cls, model: str) -> tuple[Mapping, Mapping]:
         """The transformer's configuration and the scheduler's."""
         transformer = D.CogVideoXTransformer3DModel.load_config(model, subfolder="transformer")
-        return transformer, D.CogVideoXDDIMScheduler.load_config(model, subfolder="scheduler")
-
-    @classmethod
-    def inspect(cls, model: str) -> dict[str, Any]:
-        """Window (latent frames), latent shape (C, H, W) and scheduler, from two small files."""
-        c, scheduler = cls.read_configs(model)
-        window = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
-        latent = (c["in_channels"], c["sample_height"], c["sample_width"])
-        return dict(window=window, latent=latent, scheduler=scheduler)
+        scheduler = D.CogVideoXDDIMScheduler.load_config(model, subfolder="scheduler")
+        if (kind := scheduler.get("prediction_type")) != cls.prediction:
+            hint = f'use its own scheduler, with "prediction_type": "{cls.prediction}"'
+            raise ValueError(f"{model}/scheduler has prediction_type {kind}, but CogVideoX predicts v: {hint}.")
+        return transformer, scheduler
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
@@ -270,15 +295,6 @@ class OpenSoraPlan(Backbone):
         "nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst "
         "quality, low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
     )
-
-    @staticmethod
-    def inspect(model: str) -> dict[str, Any]:
-        """Window (latent frames) and latent shape (C, H, W), from a small file."""
-        from extras.ports.opensora_plan import TRANSFORMER, OpenSoraT2V_v1_3
-
-        c = OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER)
-        height, width = np.min(c["sample_size_h"]), np.max(c["sample_size_w"])  # a number, or the training's range
-        return dict(window=c["sample_size_t"], latent=(c["in_channels"], int(height), int(width)))
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:

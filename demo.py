@@ -20,32 +20,32 @@ from pathlib import Path
 def make_parser() -> argparse.ArgumentParser:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("demo.py", description=__doc__, formatter_class=kind)
-    own = "(default: the backbone's)"
+    own, flag = "(default: the backbone's)", dict(action="store_const", const=True)  # None: not given
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", default="tiny",
+    add("--backbone",
         help="tiny (default), tiny-unet, cogvideox, cogvideox-5b, opensora-plan, wan, videocrafter2")  # fmt: skip
     add("--model", help=f"hub id or folder of a pipeline in diffusers format {own}")
     add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=f"{own}; float32 on a CPU")
-    add("--offload", choices=["none", "model", "sequential"], default="none",
+    add("--offload", choices=["none", "model", "sequential"],
         help="keep parts of the model off the GPU: less memory, slower (default: none)")  # fmt: skip
     add("--window_batch", type=int, help=f"windows per call of the model, at most {own}")
     for name, unit in dict(height="pixels", width="pixels", window_frames="video frames").items():
         add(f"--{name}", type=int, help=f"size of the base clip in {unit}; not for cogvideox {own}")
-    add("--vae_tiling", action="store_true", help="decode in spatial tiles: less memory, slower")
+    add("--vae_tiling", **flag, help="decode in spatial tiles: less memory, slower")
 
     add = parser.add_argument_group("story (one of these; default: the backbone's scenario)").add_argument
     add("--prompt", help='local prompts, one per event, separated by "|"')
-    add("--global_prompt", default="", help="what stays the same throughout (with --prompt)")
+    add("--global_prompt", help="what stays the same throughout (with --prompt)")
     add("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}')
     add("--scenario", metavar="NAME", help="a ready-made story, see --list_scenarios")
-    add("--list_scenarios", action="store_true", help="print the ready-made stories and stop")
+    add("--list_scenarios", **flag, help="print the ready-made stories and stop")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", metavar="NAME", default="syncos",
+    add("--method", metavar="NAME",
         help="syncos (default), gen-l-video, stage-2-alone, fifo, ditctrl, ditctrl-sde, csd, "
             "video-infinity")  # fmt: skip
-    add("--ablate", nargs="+", metavar="PART", default=[],
+    add("--ablate", nargs="+", metavar="PART",
         help="remove parts of SynCoS: stage-1, stage-2, stage-2-keep-noise, stage-3, grounded-timestep, fixed-noise, "
              "t-min, structured-prompt")  # fmt: skip
     add("--compare", nargs="*", metavar="METHOD",
@@ -58,24 +58,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--csd_lr", type=float, help=f"stage 2: AdamW's learning rate {own}")
     add("--csd_batch", type=int, help=f"stage 2: windows per minibatch {own}")
     add("--t_min", type=float, help=f"stage 2 runs while t > t_min {own}")
-    add("--seed", type=int, default=0, help="same seed, same video (default: 0)")
+    add("--seed", type=int, help="same seed, same video (default: 0)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_path", type=Path, default=Path("output.mp4"), help=".mp4, .gif or .webp (default: output.mp4)")
+    add("--output_path", type=Path, help=".mp4, .gif or .webp (default: output.mp4)")
     add("--captions", action=argparse.BooleanOptionalAction, help=f"the current event's prompt under the picture {own}")
     add("--fps", type=float, help=f"frames per second {own}")
-    add("--save_latents", action="store_true", help="keep the latents (.safetensors beside the video)")
+    add("--save_latents", **flag, help="keep the latents (.safetensors beside the video)")
     add("--trace", type=Path, metavar="FILE", help="how the estimates developed (.safetensors); "
         "python -m extras.measure.evaluate --trajectories FILE draws it")  # fmt: skip
     add("--decode", type=Path, metavar="FILE", help="decode saved latents; no sampling")
-    add("--plan", action="store_true", help="print the plan and stop")
+    add("--plan", **flag, help="print the plan and stop")
 
     add = parser.add_argument_group("long runs (torchrun --nproc_per_node N demo.py uses several GPUs)").add_argument
     add("--state", type=Path, metavar="FILE", help="save the state after every step, to resume after a stop "
         "(default: when stopped by Ctrl-C or a lack of memory; after every step on several GPUs)")  # fmt: skip
     add("--resume", type=Path, metavar="FILE", help="continue a run that was saved in FILE, with the same options")
     add("--preview", type=int, metavar="K", help="a picture of the estimate so far every K steps")
-    add("--compile", action="store_true", help="torch.compile the model: minutes at first, once more for batches of "
+    add("--compile", **flag, help="torch.compile the model: minutes at first, once more for batches of "
         "another size (--window_batch above 1), then faster; not with --offload sequential")  # fmt: skip
     return parser
 
@@ -94,17 +94,15 @@ from backbones import Backbone, Recipe
 from extras import options, runs
 from extras import videos as V
 from extras.processes import encode, join_processes, leave_processes, main_process
-from prompts import SCENARIOS
 
 
 def main(args: argparse.Namespace) -> None:
     """Options, plan, sample, write."""
     prepare()
-    if args.list_scenarios:
-        for name, story in SCENARIOS.items():
-            V.say("\n    ".join([name, story.global_prompt, *(f"- {text}" for text in story.local_prompts)]))
-        return
     try:
+        args = options.settle(args)
+        if args.list_scenarios:
+            return V.say(options.list_scenarios())
         options.check_files(args)
         if args.decode:
             recipe, latents, about = options.read_latents(args)
@@ -149,7 +147,7 @@ def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dty
     """A backbone that is ready to sample a run, or else to decode."""
     if missing := V.missing_device(device):
         raise ValueError(missing)
-    backbone = recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling)
+    backbone = recipe.make(device, dtype, offload=args.offload, tiling=args.vae_tiling)
     if run:
         V.say(f"{run.describe()}\nLoading {recipe.model}")
         encode(backbone, run.plan.texts)

@@ -12,14 +12,15 @@ The model enters only through a function:
 
     predict_x0(latents, t, prompts) -> x0
         latents   B x f x C x H x W, float32: noisy windows, all at timestep t
-        t         the timestep as the model's scheduler counts it (999 is noise for most)
+        t         the timestep as the model's scheduler counts it, always that of one of the levels
         prompts   list of B strings
         x0        B x f x C x H x W, float32: the clean estimates, guidance already applied
 
 Any callable will do; it is never differentiated. It gets one window at a time, B = 1, unless
-`at_once` says more. This file needs only torch: copy it anywhere.
+`at_once` says more. The caller gives each window its prompt (prompts.py shares windows out among
+events). This file needs only torch: copy it anywhere.
 
-Words that clash:
+Notation:
     alpha, sigma   x_t = alpha x0 + sigma eps. The DDIM paper's alpha is our alpha squared
                    (alpha-bar, alphas_cumprod)
     step           index into the noise schedule, 0, 1, 2, ...
@@ -27,6 +28,7 @@ Words that clash:
     stage          one of the three above; every step has all three
     window         f consecutive latent frames (the paper's "chunk")
     frame          always a latent frame in this file
+    evaluation     one window through `predict_x0`; with guidance, two passes of the network
 
 [ours] marks a choice that the paper leaves open.
 """
@@ -34,7 +36,8 @@ Words that clash:
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -63,8 +66,8 @@ def diffusion_levels(alphas_cumprod: Tensor, timesteps: Sequence[int], final_alp
     `set_alpha_to_one=True`). Returns one level per step and the final one, t = -1, which no model
     sees. Raises ValueError if the timesteps do not descend.
 
-    The list's own neighbours are right for every spacing; a computed "previous timestep" `t - 1000
-    // steps` is wrong where the number of steps does not divide 1000.
+    The next level is the next list entry; `t - 1000 // steps` is wrong where the number of steps
+    does not divide 1000.
     """
     _check_descending(timesteps)
     abar = [float(alphas_cumprod[t]) for t in timesteps] + [final_alpha_cumprod]
@@ -109,8 +112,8 @@ def to_x0(output: Tensor, latents: Tensor, level: Level, prediction: str) -> Ten
 
 
 def implied_noise(latents: Tensor, x0: Tensor, level: Level) -> Tensor:
-    """The noise that x_t and x0, of one shape, imply; with it, `revert` is a DDIM step (its Eq. 12,
-    eta = 0)."""
+    """eps = (x_t - alpha x0) / sigma, in any one shape. Passed to `revert` it gives a DDIM step
+    (the DDIM paper's Eq. 12, eta = 0)."""
     return (latents - level.alpha * x0) / level.sigma
 
 
@@ -136,8 +139,10 @@ def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tens
     """Average windows where they overlap: sum of values / number of windows (Fig. 5).
 
     parts: one per window, f x C x H x W each, consumed one at a time. Returns F x C x H x W, zero
-    where no window lies.
+    where no window lies. Raises ValueError if there are no windows, or not one part for each.
     """
+    if not windows:
+        raise ValueError("There are no windows to fuse; give at least one.")
     total, count = None, torch.zeros(frames)
     for part, window in zip(parts, windows, strict=True):
         total = part.new_zeros(frames, *part.shape[1:]) if total is None else total
@@ -181,7 +186,7 @@ def _predict(
 
 
 def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel of SVGD and the matrix that sums its gradients.
+    """The RBF kernel of SVGD, and the matrix that sums its gradients.
 
         k(X, Y) = exp(-|X - Y|^2 / h),   h = median |X_i - X_j|^2 / log(B + 1) over i != j
 
@@ -193,9 +198,10 @@ def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     in the CSD code. If h is still 0 (B = 1, or identical windows), equal windows have k = 1 and
     nothing repels: plain score distillation.
 
-    In high dimension all distances between noised windows are nearly equal. At CogVideoX-2B's
-    size K is 1 on the diagonal and 1/(B + 1) elsewhere, to within 1 %, and the repulsion is at
-    most a thousandth of the gradient.
+    In high dimension all distances between noised windows are nearly equal. At CogVideoX-2B's size
+    K is 1 on the diagonal and 1/(B + 1) elsewhere, to within 1 %. The repulsion's share of the
+    gradient depends on the model: at t = 979 it is 2e-3 for residuals x0 - predicted of rms 0.1,
+    and grows as they shrink (9e-3 for 0.02).
     """
     B = len(x)
     d2 = torch.stack([(x - row).square().sum(1) for row in x])  # B B, exact for near windows too
@@ -220,10 +226,9 @@ def csd_gradient(x0: Tensor, noisy: Tensor, predicted: Tensor, level: Level) -> 
     shape; x0 - lr g is the update. w(t) = sigma^2 (CSD); under AdamW a constant factor has no
     effect.
 
-    The sign of the kernel's gradient [ours]: printed versions add it, the authors' CSD code
-    subtracts it, so that with zero scores windows move apart, as SVGD wants. We follow the code.
-    The residual eps_hat - eps equals alpha/sigma (x0 - predicted). A difference of two noises would
-    lose every digit at the high noise levels where this stage lives.
+    The sign of the kernel's gradient [ours]: the papers print "+"; the CSD code uses "-", under
+    which windows repel when the scores vanish. We use "-". The residual eps_hat - eps is computed
+    as alpha/sigma (x0 - predicted): a difference of two noises loses precision at high noise.
     """
     B, w = len(x0), level.sigma**2 / len(x0)
     x0, X, predicted = (x.reshape(B, -1) for x in (x0, noisy, predicted))  # B D
@@ -253,16 +258,16 @@ def csd_refine(
     the gradients over overlaps, and makes one AdamW step. Windows far apart in time meet in a
     minibatch: that is what makes the video one.
 
-    levels: [the step's own level] grounds the timestep; with several, each iteration draws one of
-    them (ablation). noise: the baseline noise, F x C x H x W; None: new noise in each iteration
-    (ablation). prompts: one per window; at_once: windows per call of `predict_x0`. Costs iters x
-    min(batch, windows) model evaluations.
+    levels: a list. One level, the step's own, is the grounded timestep; from a longer list each
+    iteration draws at random (ablation). noise: the baseline noise, F x C x H x W; None: new noise
+    in each iteration (ablation). prompts: one per window; at_once: windows per call of
+    `predict_x0`. Costs iters x min(batch, windows) evaluations.
 
-    [ours] AdamW starts afresh in each call, with torch's defaults but for the learning
-    rate. Its weight decay, 0.01, shrinks x0 by 10 % in 20 iterations at lr 0.5. Its
-    momentum also moves frames that a minibatch did not touch. [ours] Levels at zero SNR are
-    passed over: X holds no trace of x0 there, and Adam would amplify rounding noise. If no
-    other level is left, x0 comes back unchanged.
+    [ours] AdamW starts afresh in each call, with torch's defaults except the learning rate. Its
+    weight decay, 0.01, shrinks x0 by 10 % in 20 iterations at lr 0.5. Its momentum also moves
+    frames that a minibatch did not touch. [ours] Levels at zero SNR are skipped: X holds no trace
+    of x0 there, and Adam would amplify rounding noise. If no other level is left, x0 comes back
+    unchanged.
     """
     levels = [level for level in levels if level.alpha > 0]
     if not levels:
@@ -298,7 +303,7 @@ def _randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 def revert(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
     """x_prev = alpha_prev x0 + sigma_prev noise, in any one shape (stage 3, Fig. 5).
 
-    With the baseline noise of stage 2, sampling continues where the refinement left it; with
+    With the baseline noise of stage 2, sampling continues where the refinement left off; with
     `implied_noise` this is plain DDIM.
     """
     return level.alpha * x0 + level.sigma * noise
@@ -317,20 +322,22 @@ class Settings:
     csd_batch: int = 4  # windows per minibatch [ours: about 4, from the paper's running times]
     csd_lr: float = 0.5  # AdamW's learning rate [paper: 0.5 to 1]
 
-    codenoise: bool = True  # stage 1. Without it x0 is the last step's; at the first step, noise
+    codenoise: bool = True  # stage 1. If off, x0 is carried over from the previous step (initially x_T)
     refine: bool = True  # stage 2
-    revert: bool = True  # stage 3. Without it the next step starts from x0 as it is
+    revert: bool = True  # stage 3. If off, the next step starts from x0, with no noise added [ours]
     grounded: bool = True  # stage 2 at the step's own t; else at a random one in each iteration
     noise: str = "fixed"  # above t_min: "fixed" baseline noise, "fresh" at every use, or "implied" by x_t and x0 (DDIM)
 
     def __post_init__(self):
         for name in ("csd_iters", "csd_batch"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if not isinstance(value := getattr(self, name), Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value}.")
-        if math.isnan(self.t_min) or not self.csd_lr >= 0:
+        if math.isnan(self.t_min) or not 0 <= self.csd_lr < math.inf:
             raise ValueError(f"t_min must be a number and csd_lr at least 0, got {self.t_min} and {self.csd_lr}.")
         if self.noise not in ("fixed", "fresh", "implied"):
             raise ValueError(f'noise must be "fixed", "fresh" or "implied", got "{self.noise}".')
+        if not self.codenoise and not self.refine:
+            raise ValueError("Without stages 1 and 2 (codenoise, refine) the model is never asked; keep one of them.")
 
 
 GEN_L_VIDEO = dict(refine=False, noise="implied")  # stages 1 and 3: co-denoising by DDIM alone (Table 1, Fig. 4)
@@ -338,12 +345,31 @@ STAGE_2_ALONE = dict(codenoise=False, revert=False, t_min=-1)  # from noise, at 
 ABLATIONS = {  # what to change in Settings for each ablation of Tables 2 and 3 and Figures 7 and 9
     "stage-1": dict(codenoise=False),  # below t_min nothing is left to do, so x0 stays as stage 2 left it
     "stage-2": GEN_L_VIDEO,
-    "stage-2-keep-noise": dict(refine=False),  # stage 2 skipped, its noise kept for stage 3
+    "stage-2-keep-noise": dict(refine=False, noise="fixed"),  # stage 2 skipped, its noise kept for stage 3
     "stage-3": dict(revert=False),
     "grounded-timestep": dict(grounded=False),
     "fixed-noise": dict(noise="fresh"),
     "t-min": dict(t_min=-1),  # stage 2 at every step
 }
+
+
+def ablate(settings: Settings, parts: Iterable[str]) -> Settings:
+    """The settings without these parts (names of `ABLATIONS`), in whatever order.
+
+    Raises ValueError if two parts contradict each other, if one has nothing to act on without the
+    others, or if nothing is left to do.
+    """
+    changes: dict[str, tuple] = {}
+    for part in parts:
+        for name, value in ABLATIONS[part].items():
+            other, already = changes.setdefault(name, (part, value))
+            if already != value:
+                raise ValueError(f"{other} and {part} contradict each other ({name} is {already} or {value}).")
+    ablated = replace(settings, **{name: value for name, (_, value) in changes.items()})
+    for name, acts in dict(grounded=ablated.refine, t_min=ablated.refine or ablated.noise != "implied").items():
+        if name in changes and not acts:
+            raise ValueError(f"Without stage 2 there is nothing for {changes[name][0]} to act on; leave it out.")
+    return ablated
 
 
 def refine_levels(step: int, levels: Sequence[Level], settings: Settings) -> Sequence[Level]:
@@ -360,7 +386,7 @@ def refined_steps(levels: Sequence[Level], settings: Settings) -> list[int]:
 
 
 def count_evaluations(levels: Sequence[Level], windows: Sequence[slice], settings: Settings) -> int:
-    """Number of windows that `syncos` sends to `predict_x0`; guidance doubles the model's work."""
+    """Number of evaluations, i.e. of windows that `syncos` sends to `predict_x0`."""
     per_refinement = settings.csd_iters * min(settings.csd_batch, len(windows))
     refined = len(refined_steps(levels, settings)) * per_refinement
     return (len(levels) - 1) * len(windows) * settings.codenoise + refined
@@ -380,10 +406,10 @@ def syncos_step(
     at_once: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """One denoising step, all three stages (Fig. 5): from x_t and the last step's x0 to this step's
-    x0 and the next x_t, F x C x H x W each. Other arguments as for `syncos`.
+    x0 and the next x_t, F x C x H x W each. Other arguments as for `syncos`, which checks them.
 
-    A run is these steps in turn: one that stopped continues, bit for bit, from what the last step
-    returned and the generator's state.
+    To resume a stopped run bit for bit, take the remaining steps in turn, from what the last step
+    returned and with the generator in the state that it then had.
     """
     s, level, prev = settings, levels[step], levels[step + 1]
 
@@ -391,8 +417,8 @@ def syncos_step(
     if s.codenoise:
         x0 = temporal_codenoise(predict_x0, x, level.t, windows, prompts, at_once)
 
-    # the noise that couples stages 2 and 3, new at every step and fixed within it; below t_min
-    # [ours] DDIM's own
+    # baseline noise: drawn once per step, shared by stages 2 and 3; at or below t_min, DDIM's
+    # implied noise [ours]
     baseline = s.noise != "implied" and level.t > s.t_min
     noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
 

@@ -21,6 +21,13 @@ class SynCoS:
 
     settings: Settings
 
+    @property
+    def options(self) -> set[str]:
+        s, always = self.settings, {"stride", "window_batch"}
+        coupled = {"csd_iters", "csd_lr", "csd_batch"} if s.refine else set()
+        limited = {"t_min"} if s.t_min >= 0 and (s.refine or s.noise != "implied") else set()  # -1: every step
+        return always | coupled | limited
+
     def check(self, plan: Plan) -> None:
         pass
 
@@ -32,12 +39,12 @@ class SynCoS:
 
     def describe(self, plan: Plan) -> str:
         s, levels = self.settings, plan.levels
-        refined = [levels[i] for i in refined_steps(levels, s) if levels[i].alpha > 0]
-        if not refined:
+        if not (refined := refined_steps(levels, s)):
             return f"stage 2 never runs: no timestep is above t_min = {s.t_min:g}" if s.refine else ""
+        last = levels[refined[-1]]
         return (
             f"stage 2 above t = {s.t_min:g}, in {len(refined)} steps, down to alpha/sigma = "
-            f"{refined[-1].alpha / refined[-1].sigma:.2g}: {s.csd_iters} iterations of "
+            f"{last.alpha / last.sigma:.2g}: {s.csd_iters} iterations of "
             f"{min(s.csd_batch, len(plan.windows))} windows, learning rate {s.csd_lr:g}"
         )
 

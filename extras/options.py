@@ -12,21 +12,40 @@ from torch import Tensor
 from backbones import Recipe
 from extras import runs
 from extras import videos as V
-from extras.baselines import Method, Plan
+from extras.baselines import METHOD_OPTIONS, Method, Plan
 from extras.methods import METHODS, SynCoS
 from extras.models import get_recipe
 from extras.processes import several_processes
 from prompts import SCENARIOS, Story, load_story, parse_events
-from syncos import ABLATIONS, Settings
+from syncos import ABLATIONS, Settings, ablate
 
+DEFAULTS = dict(backbone="tiny", offload="none", global_prompt="", method="syncos", ablate=(), seed=0,
+                output_path=Path("output.mp4"))  # fmt: skip
+MODES = {  # options that do something else than sample, and what goes with them
+    "list_scenarios": (),
+    "decode": ("model", "device", "dtype", "offload", "vae_tiling", "output_path", "captions", "fps"),
+}
 LIMITS = {  # of numbers, both ends included; syncos.Settings checks the others
-    "seed": (0, 2**64 - 1), "num_inference_steps": (1, 1000), "t_min": (-1, 1000), "num_frames": (1, 10**6),
+    "seed": (0, 2**64 - 1), "num_inference_steps": (1, 1000), "t_min": (0, 1000), "num_frames": (1, 10**6),
     "guidance_scale": (0, 100), "csd_lr": (0, 100), "fps": (0.01, 1000), "window_batch": (1, 10**6),
     "height": (1, 10**4), "width": (1, 10**4), "window_frames": (1, 10**4), "preview": (1, 10**6),
 }  # fmt: skip
 
 
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """The options with their defaults. Refuses those that exclude each other."""
+    given = [name for name, value in vars(args).items() if value is not None]
+    for mode in MODES.keys() & set(given):
+        if ignored := [name for name in given if name not in (mode, *MODES[mode])]:
+            raise ValueError(f"--{mode} does not go with --{ignored[0]}; leave out one of them.")
+    for name, other in (("compare", "method"), ("compare", "ablate")):
+        if name in given and other in given:
+            raise ValueError(f"--{name} does not go with --{other}; leave out one of them.")
+    return argparse.Namespace(**vars(args) | {k: v for k, v in DEFAULTS.items() if k not in given})
+
+
 def plan_run(args: argparse.Namespace) -> runs.Run:
+    """The run that settled options describe."""
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -35,9 +54,14 @@ def plan_run(args: argparse.Namespace) -> runs.Run:
     device, dtype = choose_device(args, recipe)
     methods = choose_methods(args, recipe.settings)
     story = choose_story(args, recipe.scenario)
+    if "structured-prompt" in args.ablate and not story.global_prompt:
+        raise ValueError("--ablate structured-prompt leaves out the global prompt, but this story has none.")
     plan = Plan(recipe, tuple(story.event_prompts(structured="structured-prompt" not in args.ablate)))
     for method in methods.values():
         method.check(plan)
+    steps = max(method.steps(plan) for method in methods.values())
+    if args.preview and args.preview > steps:
+        raise ValueError(f"--preview {args.preview} would never be reached; the run has {steps} steps.")
     return runs.Run(plan, story, methods, device, dtype, args.seed)
 
 
@@ -77,19 +101,30 @@ def choose_device(args: argparse.Namespace, recipe: Recipe) -> tuple[str, torch.
 
 
 def choose_methods(args: argparse.Namespace, settings: Settings) -> dict[str, Method]:
-    known = [*ABLATIONS, "structured-prompt"]
-    if unknown := [part for part in args.ablate if part not in known]:
-        raise ValueError(f"--ablate {unknown[0]} is unknown; choose from {', '.join(known)}.")
-    if args.ablate and (args.method != "syncos" or args.compare is not None):
-        raise ValueError("--ablate removes parts of SynCoS; it goes with neither another --method nor --compare.")
+    """The methods by name. Refuses options that act on none of them."""
     names = [args.method] if args.compare is None else args.compare or ["gen-l-video", "syncos"]
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"The method {unknown[0]} is unknown; choose from {', '.join(METHODS)}.")
+    known = dict.fromkeys(args.ablate, [*ABLATIONS, "structured-prompt"]) | dict.fromkeys(names, METHODS)
+    for name, choices in known.items():
+        if name not in choices:
+            raise ValueError(f"{name} is unknown; choose from {', '.join(choices)}.")
+        if (*args.ablate, *names).count(name) > 1:
+            raise ValueError(f"{name} is named twice; once is enough.")
+    methods = {name: METHODS[name](settings) for name in names}
     if args.ablate:
-        for part in args.ablate:
-            settings = replace(settings, **ABLATIONS.get(part, {}))
-        return {f"syncos w/o {' and '.join(args.ablate)}": SynCoS(settings)}
-    return {name: METHODS[name](settings) for name in names}
+        if args.method != "syncos":
+            raise ValueError(f"--ablate removes parts of SynCoS and does not go with --method {args.method}.")
+        parts = [part for part in args.ablate if part in ABLATIONS]
+        methods = {f"syncos w/o {' and '.join(args.ablate)}": SynCoS(ablate(settings, parts))}
+    for name in METHOD_OPTIONS:
+        if getattr(args, name) is not None and not any(name in method.options for method in methods.values()):
+            raise ValueError(f"--{name} has no effect on {' and '.join(methods)}; leave it out.")
+    return methods
+
+
+def list_scenarios() -> str:
+    """The ready-made stories, as text."""
+    lines = ((name, s.global_prompt, *(f"- {text}" for text in s.local_prompts)) for name, s in SCENARIOS.items())
+    return "\n".join("\n    ".join(part) for part in lines)
 
 
 def choose_story(args: argparse.Namespace, default: str) -> Story:

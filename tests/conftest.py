@@ -67,12 +67,18 @@ def pipeline_folder(request):
 
 
 @pytest.fixture
-def base(sincos_folder, tmp_path):
-    """Words that make a small run of the random pipeline: 33 frames, 9
-    latent frames, 3 windows, 2 events."""
-    words = f"--backbone cogvideox --model {sincos_folder} --device cpu --num_frames 33 --num_inference_steps 4"
-    words += f" --stride 2 --csd_iters 2 --t_min 300 --output_path {tmp_path / 'video.mp4'}"
-    return [*words.split(), "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]
+def any_method(sincos_folder, tmp_path):
+    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows, 2
+    events."""
+    words = "--backbone cogvideox --device cpu --num_frames 33 --num_inference_steps 4 --stride 2".split()
+    words += ["--model", sincos_folder, "--output_path", str(tmp_path / "video.mp4")]
+    return [*words, "--prompt", "it runs | it jumps", "--global_prompt", "a red fox ."]
+
+
+@pytest.fixture
+def base(any_method):
+    """The same with options that only SynCoS takes."""
+    return ["--csd_iters", "2", "--t_min", "300", *any_method]
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5
 
 import demo
 import syncos as S
-from extras import runs
+from extras import options, runs
 from extras.models import videocrafter2
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +91,11 @@ class Gaussian:
 
 # --------------------------------------------------------------------------------------------------
 # The command line
+
+
+def settled(*words):
+    """The options of `python demo.py words`."""
+    return options.settle(demo.make_parser().parse_args([str(w) for w in words]))
 
 
 def call(*words) -> None:

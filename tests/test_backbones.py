@@ -3,19 +3,23 @@ own pipeline, on random weights."""
 
 import json
 import shutil
+import subprocess
+import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
-from helpers import PROMPT, make_tokenizer, maxdiff, randn, rng
+from helpers import PROMPT, ROOT, call, frames_of, make_tokenizer, maxdiff, randn, rng
 
-from backbones import Backbone, CogVideoX
+from backbones import COGVIDEOX_2B, Backbone, CogVideoX, Recipe
 from extras.models import RECIPES, get_recipe
-from extras.models.checked import CheckedCogVideoX
+from extras.models.checked import Checked, CheckedCogVideoX
 from extras.models.tiny import TINY
 from extras.models.videocrafter2 import VideoCrafter2
 from extras.processes import in_batches
@@ -35,10 +39,13 @@ def prepared(folder, *prompts, **options):
 
 
 class Constant(Backbone):
-    """A flow model with a text mask and a timestep per frame. Its output: length
-    of the text plus timestep / 1000."""
+    """A flow model with a text mask and a timestep per frame, from nothing but what the docstring
+    of `Backbone` asks for. Its output: length of the text plus timestep / 1000."""
 
-    prediction, negative_prompt, scheduler, frame_timesteps, text_length = "flow", "bad", None, True, 99
+    prediction = "flow"
+    scheduler = dict(shift=1.0)
+    negative_prompt = "bad"
+    frame_timesteps = True
 
     @staticmethod
     def make_levels(scheduler, steps):
@@ -46,24 +53,118 @@ class Constant(Backbone):
         return flow_levels([*sigmas, 0.0], [1000 * s for s in sigmas])
 
     def load_pipe(self, *parts):
-        pipe = torch.nn.Module()
-        pipe.tokenizer = make_tokenizer()
+        names = ("tokenizer", "text_encoder", "transformer", "vae")
+        pipe = SimpleNamespace(**{name: name if name in parts else None for name in names})
+        pipe.to = lambda device: None
         return pipe
 
     def encode_text(self, pipe, text):
+        assert pipe.text_encoder and not pipe.transformer
         return torch.tensor([float(len(text))]), torch.ones(1, dtype=torch.bool)
 
     def denoise(self, x, t, text, mask):
         assert mask.shape == (len(x), 1) and t.shape in ((len(x),), x.shape[:2]) and t.dtype == torch.float32
         return x * 0 + text.view(-1, 1, 1, 1, 1) + t.view(len(x), -1, 1, 1, 1) / 1000
 
+    def decode(self, latents):
+        for frame in latents.repeat_interleave(4, dim=0)[3:]:
+            yield frame[:1].clamp(0, 1).mul(255).byte().permute(1, 2, 0).expand(-1, -1, 3).numpy()
 
-def test_a_model_is_a_few_lines():
-    backbone = Constant("", guidance_scale=2.0)
-    backbone.encode(["good!"])
-    levels, x = backbone.levels(4), randn(1, 2, 1, 1, 1)
-    assert levels[1].t == 750
-    assert maxdiff(backbone.predict_x0(x, 750, ["good!"]), x - 0.75 * (3.75 + 2 * (5.75 - 3.75))) < 1e-6
+
+class CheckedConstant(Checked, Constant):
+    """The same for the program, with what the docstring of `Checked` asks for besides."""
+
+    text_length = 99
+
+    def load_pipe(self, *parts):
+        pipe = super().load_pipe(*parts)
+        pipe.tokenizer = make_tokenizer()
+        return pipe
+
+
+CONSTANT = Recipe(Constant, "constant", window=3, latent=(2, 32, 32), stride=2, scheduler=dict(shift=1.0),
+                  dtype="float16", num_frames=17, needs_gpu=False)  # fmt: skip
+
+
+def test_a_new_model_is_thirty_lines_and_samples(monkeypatch, tmp_path):
+    backbone, prompts = CONSTANT.make(), ["good!", "it is so"]
+    with pytest.raises(ValueError, match="999 is not a timestep .* levels"):
+        backbone.predict_x0(randn(1, 3, 2, 32, 32), 999, prompts[:1])
+    backbone.encode(prompts)
+    levels, x = backbone.levels(4), randn(1, 3, 2, 32, 32)
+    with pytest.raises(ValueError, match="unheard.* not been encoded"):
+        backbone.predict_x0(x, 750, ["unheard"])
+    backbone.load()
+    expected = x - 0.75 * (3.75 + 6 * (5.75 - 3.75))
+    assert levels[1].t == 750 and maxdiff(backbone.predict_x0(x, 750, ["good!"]), expected) < 1e-5
+    settings = Settings(t_min=300, csd_iters=2)
+    latents = syncos(backbone.predict_x0, randn(5, 2, 32, 32), levels, CONSTANT.windows(), prompts, settings, rng())
+    backbone.release_transformer()
+    assert backbone.pipe.vae and not backbone.pipe.transformer
+    assert np.stack(list(backbone.decode(latents))).shape == (17, 32, 32, 3)
+
+    monkeypatch.setitem(RECIPES, "constant", replace(CONSTANT, backbone=CheckedConstant))
+    words = "--backbone constant --num_inference_steps 4 --t_min 300 --scenario lighthouse --num_frames 41 --preview 2"
+    call(*words.split(), "--csd_iters", 2, "--output_path", tmp_path / "video.mp4")
+    assert len(frames_of(tmp_path / "video.mp4")) == 41 and (tmp_path / "video.preview.png").exists()
+
+
+ALONE = """
+import sys, torch
+from dataclasses import replace
+from backbones import COGVIDEOX_2B
+from syncos import GEN_L_VIDEO, Settings, make_windows, syncos
+
+folder, noise = sys.argv[1], torch.load(sys.argv[2])
+recipe = replace(COGVIDEOX_2B, model=folder, window=5, latent=(4, 2, 4), stride=2, guidance_scale=3.0, num_frames=33)
+backbone = recipe.make()
+backbone.encode(["it runs", "it jumps"])
+levels = backbone.levels(4)
+backbone.load()
+run = lambda noise, windows, prompts, settings: syncos(
+    backbone.predict_x0, noise, levels, windows, prompts, settings, torch.Generator().manual_seed(0))
+clip = run(noise[:5], [slice(0, 5)], ["it runs"], Settings(**GEN_L_VIDEO))
+video = run(noise, recipe.windows(), ["it runs", "it runs", "it jumps"], Settings(csd_iters=2, t_min=300))
+backbone.release_transformer()
+assert len(list(backbone.decode(video))) == 33
+assert not any(name.split(".")[0] == "extras" for name in sys.modules)
+torch.save(dict(clip=clip, video=video), "out.pt")
+"""
+
+
+def test_two_files_work_alone(pipeline_folder, tmp_path):
+    """syncos.py and backbones.py in an empty folder with a space in its name: one window is
+    diffusers' pipeline, the video that of the checked backbone."""
+    (tmp_path := tmp_path / "my project").mkdir()
+    for name in ("syncos.py", "backbones.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    torch.save(noise := randn(9, 4, 2, 4), tmp_path / "noise.pt")
+    command = [sys.executable, "-c", ALONE, pipeline_folder, tmp_path / "noise.pt"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    out = torch.load(tmp_path / "out.pt")
+
+    pipe = CogVideoXPipeline.from_pretrained(pipeline_folder, dtype=torch.float32)
+    pipe.scheduler = CogVideoXDDIMScheduler.from_config(COGVIDEOX_2B.scheduler, timestep_spacing="trailing")
+    options = dict(num_inference_steps=4, guidance_scale=3.0, max_sequence_length=12, num_frames=17, eta=0.0)
+    expected = pipe("it runs", latents=noise[None, :5].clone(), output_type="latent", **options).frames[0]
+    assert maxdiff(out["clip"], expected) < 1e-4
+
+    recipe = replace(get_recipe("cogvideox", pipeline_folder), stride=2, guidance_scale=3.0, num_frames=33)
+    backbone = recipe.make()
+    backbone.encode(["it runs", "it jumps"])
+    backbone.load()
+    prompts, settings = ["it runs", "it runs", "it jumps"], Settings(csd_iters=2, t_min=300)
+    video = syncos(backbone.predict_x0, noise, backbone.levels(4), recipe.windows(), prompts, settings, rng())
+    assert torch.equal(out["video"], video)
+
+
+@pytest.mark.parametrize("kind", [CogVideoX, CheckedCogVideoX])
+def test_a_scheduler_for_eps_is_refused(kind, sincos_folder, tmp_path):
+    shutil.copytree(sincos_folder, tmp_path / "model")
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(prediction_type="epsilon")))
+    with pytest.raises(ValueError, match="prediction_type epsilon"):
+        kind(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import call, maxdiff, randn, rng
+from helpers import call, maxdiff, randn, rng, settled
 
-import demo
 import syncos as S
 from backbones import CogVideoX
 from extras import options, runs
@@ -85,8 +84,8 @@ def test_demo(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["csd", "ditctrl-sde"])
-def test_resumes_from_disk(method, base, tmp_path):
-    args = demo.make_parser().parse_args([*base, "--num_frames", "41", "--method", method])
+def test_resumes_from_disk(method, any_method, tmp_path):
+    args = settled(*any_method, "--num_frames", 41, "--method", method)
     run, path = options.plan_run(args), tmp_path / "state.safetensors"
     backbone = run.plan.recipe.backbone(run.plan.recipe.model, run.device, run.dtype, run.plan.recipe.guidance_scale)
     backbone.encode(run.plan.texts)

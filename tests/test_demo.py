@@ -100,14 +100,27 @@ REFUSALS = {  # words after those of `base` without its story; {} is a folder ->
     "--num_frames 30": "33",
     "--stride 6": "stride",
     "--csd_batch 0": "csd_batch",
-    "--t_min nan": "t_min",
+    "--t_min nan": "--t_min",
+    "--t_min -1": "--t_min",
+    "--prompt a --method csd --csd_lr 1": "--csd_lr has no effect on csd",
+    "--prompt a --method gen-l-video": "--t_min has no effect on gen-l-video",
+    "--prompt a --compare csd gen-l-video --csd_lr 1": "--csd_lr has no effect on csd and gen-l-video",
+    "--prompt a --ablate t-min --t_min 500": "--t_min has no effect",
+    "--prompt a --method stage-2-alone --t_min 500": "--t_min has no effect",
+    "--prompt a --preview 5": "has 4 steps",
+    "--list_scenarios --seed 3": "--list_scenarios does not go with --",
+    "--compare --method syncos": "--compare does not go with --method",
+    "--compare syncos syncos": "twice",
+    "--ablate stage-1 stage-2": "never asked",
+    "--ablate stage-2 fixed-noise": "contradict",
+    "--prompt a --ablate structured-prompt": "global prompt",
     "--height 64": "--height",
     "--backbone sora": "sora",
     "--model {}/none": "CogVideoX",
     "--device gpu": "gpu",
     "--offload model": "--offload",
     "--method sora --prompt a": "sora",
-    "--method fifo --prompt a": "at least 5",  # steps
+    "--prompt a --compare fifo syncos": "at least 5",  # steps
     "--ablate stage-9": "stage-9",
     "--ablate stage-1 --method fifo": "--ablate",
     "--output_path {}/video.avi": ".mp4",
@@ -115,7 +128,7 @@ REFUSALS = {  # words after those of `base` without its story; {} is a folder ->
     "--state {0}/a.safetensors --trace {0}/a.safetensors": "trace",
     "--state {}/video.undecoded.safetensors": "latents",
     "--state {0}/a.safetensors --resume {0}/b.safetensors --trace {0}/../{1}/b.safetensors": "resumed",
-    "--decode {}/bad.json": "latents",
+    "--decode {}/bad.json": "--decode does not go with --",
 }
 
 
@@ -127,6 +140,11 @@ def test_refusals(base, tmp_path, capsys, monkeypatch, words):
     error = refusal(capsys, *base[: base.index("--prompt")], *words.format(tmp_path, tmp_path.name).split())
     assert REFUSALS[words] in error
     assert (tmp_path / "video.mp4").read_text() == "precious" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_decoded_must_be_latents(tmp_path, capsys):
+    (tmp_path / "story.json").write_text("{}")
+    assert "no latents" in refusal(capsys, "--decode", tmp_path / "story.json", "--output_path", tmp_path / "v.mp4")
 
 
 def test_a_machine_without_a_gpu(base, tmp_path, capsys, monkeypatch):

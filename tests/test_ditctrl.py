@@ -14,6 +14,7 @@ from backbones import COGVIDEOX_2B, CogVideoX
 from extras.baselines import Plan
 from extras.baselines.ditctrl import DiTCtrl, blend, ditctrl, mix_texts, pair_predictor, sde_step
 from extras.models import RECIPES
+from extras.models.checked import CheckedCogVideoX
 from extras.videos import read_tensors
 
 LEVELS = {steps: CogVideoX.make_levels(COGVIDEOX_2B.scheduler, steps) for steps in (12, 25, 50)}
@@ -173,7 +174,9 @@ def test_texts_glide():
 
 
 def tiny_plan(folder, **change):
-    recipe = replace(COGVIDEOX_2B, model=folder, **CogVideoX.inspect(folder), num_inference_steps=4, window_batch=3)
+    recipe = replace(
+        COGVIDEOX_2B, model=folder, **CheckedCogVideoX.inspect(folder), num_inference_steps=4, window_batch=3
+    )
     return Plan(replace(recipe, stride=2, num_frames=41, **change), ("it runs", "it jumps"))
 
 
@@ -327,9 +330,9 @@ def test_refusals(backbone):
         run(Gaussian(LEVELS[12]), LEVELS[12], texts=["0"] * 4)
 
 
-def test_demo(base, tmp_path, capsys):
+def test_demo(any_method, tmp_path, capsys):
     """Beside another method; stopped and resumed, it is the same video."""
-    words = [*base, "--num_frames", 41, "--compare", "ditctrl", "ditctrl-sde", "gen-l-video", "--save_latents"]
+    words = [*any_method, "--num_frames", 41, "--compare", "ditctrl", "ditctrl-sde", "gen-l-video", "--save_latents"]
     call(*words)
     captured = capsys.readouterr()
     assert "ditctrl: 18 model evaluations (windows); keys and values shared in 1 steps" in captured.out
@@ -338,5 +341,5 @@ def test_demo(base, tmp_path, capsys):
     assert latents["ditctrl"].shape == (11, 4, 2, 4)
     assert min(maxdiff(latents["ditctrl"], latents[name]) for name in ("ditctrl-sde", "gen-l-video")) > 1e-2
     with pytest.raises(SystemExit):
-        call(*base, "--method", "ditctrl")
+        call(*any_method, "--method", "ditctrl")
     assert "--num_frames 41" in capsys.readouterr().err

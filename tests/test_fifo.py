@@ -368,10 +368,10 @@ def test_a_run_stays_on_the_device(rotary_folder):
 # The command line
 
 
-def test_demo_end_to_end(base, tmp_path, capsys, monkeypatch):
+def test_demo_end_to_end(any_method, tmp_path, capsys, monkeypatch):
     """Beside another method, with previews and a trace; a run that
     stops in a turn resumes bit for bit."""
-    words = [*base, "--num_frames", 25, "--num_inference_steps", 6, "--save_latents", "--preview", 7]
+    words = [*any_method, "--num_frames", 25, "--num_inference_steps", 6, "--save_latents", "--preview", 7]
     words += ["--compare", "fifo", "gen-l-video"]
     call(*words, "--trace", tmp_path / "trace.safetensors")
     captured = capsys.readouterr()
@@ -386,8 +386,8 @@ def test_demo_end_to_end(base, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole) and "| 20/22" in capsys.readouterr().err
 
 
-def test_what_fifo_cannot_sample_is_refused(base, capsys):
-    assert "steps" in refusal(capsys, *base, "--method", "fifo", "--plan")
+def test_what_fifo_cannot_sample_is_refused(any_method, capsys):
+    assert "steps" in refusal(capsys, *any_method, "--method", "fifo", "--plan")
     assert "timestep" in refusal(capsys, "--backbone", "videocrafter2", "--method", "fifo", "--plan")
     call("--method", "fifo", "--num_frames", 193, "--plan")
     out = capsys.readouterr().out

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, frames_of, run_processes
+from helpers import call, frames_of, run_processes, settled
 from safetensors import torch as safetensors
 
-import demo
 from backbones import CogVideoX
 from extras import options, runs
 from extras import videos as V
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def prepared(base):
     """A small run and its backbone: 4 steps, 2 of them refined; 24 model evaluations."""
-    args = demo.make_parser().parse_args(base)
+    args = settled(*base)
     run = options.plan_run(args)
     backbone = run.plan.recipe.backbone(run.plan.recipe.model, run.device, run.dtype, run.plan.recipe.guidance_scale)
     backbone.encode(run.plan.texts)

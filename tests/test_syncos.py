@@ -6,8 +6,11 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
@@ -247,6 +250,17 @@ def test_kernel_at_full_size(spread):
     assert maxdiff(others * (B + 1), 1 - torch.eye(B)) < 0.01  # as rbf_kernel's docstring says
 
 
+@pytest.mark.parametrize("rms, share", [(0.1, 2e-3), (0.02, 9e-3)])
+def test_the_repulsions_share_at_full_size(rms, share):
+    """As rbf_kernel's docstring says."""
+    level = S.Level(979, 0.0052148, 0.9999864)  # the second of 50 steps of CogVideoX-2B
+    x0, eps, residual = (randn(4, 13 * 16 * 60 * 90, seed=i) for i in range(3))
+    noisy = level.alpha * x0 + level.sigma * eps
+    repulsion = S.csd_gradient(x0, noisy, x0, level)
+    gradient = S.csd_gradient(x0, noisy, x0 - rms * residual, level)
+    assert repulsion.norm() / (gradient - repulsion).norm() == pytest.approx(share, rel=0.15)
+
+
 def test_kernel_of_one_or_identical_windows_is_plain_distillation():
     level = LEVELS[3]
     for x in (randn(1, 6), randn(1, 6).expand(4, 6), torch.cat([randn(1, 6).expand(3, 6), randn(1, 6, seed=1)])):
@@ -431,9 +445,62 @@ def test_loop_refuses_what_does_not_fit():
         S.syncos(Gaussian(LEVELS), x, LEVELS, windows, ["0"], SMALL, rng())
     with pytest.raises(ValueError, match="cover"):
         S.syncos(Gaussian(LEVELS), x, LEVELS, windows[:1], ["0"], SMALL, rng())
-    for bad in (dict(csd_batch=0), dict(csd_iters=2.5), dict(csd_lr=-1), dict(t_min=math.nan), dict(noise="pink")):
+    with pytest.raises(ValueError, match="no windows to fuse"):
+        S.fuse([], [], 3)
+
+
+def test_settings_refuse_what_they_cannot_do():
+    for bad in (
+        dict(csd_batch=0), dict(csd_iters=2.5), dict(csd_iters=torch.tensor(2)), dict(csd_lr=-1), dict(t_min=math.nan),
+        dict(csd_lr=math.inf), dict(noise="pink"), dict(codenoise=False, refine=False),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(bad))):
             replace(SMALL, **bad)
+    assert replace(SMALL, csd_iters=np.int64(2)) == replace(SMALL, csd_iters=2)
+
+
+def test_stage_2_that_never_runs_is_told():
+    flow = make_flow()
+    unit = [level._replace(t=level.t / 1000) for level in flow]  # t from 1 to 0: none is above 800
+    windows, x = S.make_windows(9, 5, 4), randn(9, 2, 2, 2)
+    with pytest.warns(UserWarning, match="Stage 2 never runs.* 800 .*first is 1"):
+        S.syncos(Gaussian(unit), x, unit, windows, ["0", "1"], S.Settings(csd_iters=1), rng())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        S.syncos(Gaussian(flow), x, flow, windows, ["0", "1"], S.Settings(csd_iters=1), rng())
+        S.syncos(Gaussian(unit), x, unit, windows, ["0", "1"], S.Settings(**S.GEN_L_VIDEO), rng())
+
+
+def test_one_window_at_a_time_unless_asked():
+    sizes, model = [], Gaussian(LEVELS)
+
+    def spy(x, t, prompts):
+        sizes.append(len(x))
+        return model(x, t, prompts)
+
+    alone, three = run(denoiser=spy, at_once=1), run(denoiser=lambda *args: model(*args), at_once=3)
+    assert set(sizes) == {1} and maxdiff(alone, three) < 1e-5
+
+
+def test_ablations_combine_in_any_order_or_are_refused():
+    for parts in [pair for n in (2, 3) for pair in combinations(S.ABLATIONS, n)]:
+        seen = set()
+        for order in permutations(parts):
+            try:
+                seen.add(S.ablate(SMALL, order))
+            except ValueError:
+                seen.add("refused")
+        assert len(seen) == 1, parts
+    assert S.ablate(SMALL, ["fixed-noise", "t-min"]) == replace(SMALL, noise="fresh", t_min=-1)
+    for parts, why in {
+        ("stage-1", "stage-2"): "never asked",
+        ("stage-2", "fixed-noise"): "contradict",
+        ("stage-2", "stage-2-keep-noise"): "contradict",
+        ("stage-2", "t-min"): "nothing for t-min",
+        ("grounded-timestep", "stage-2-keep-noise"): "nothing for grounded-timestep",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            S.ablate(SMALL, parts)
 
 
 def test_a_stopped_run_resumes_and_the_loop_keeps_its_input():

@@ -11,11 +11,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from helpers import call, make_tokenizer, randn, refusal
+from helpers import call, make_tokenizer, randn, refusal, settled
 from PIL import ImageFont
 from safetensors.torch import load_file, save_file
 
-import demo
 from backbones import CogVideoX, check_finite
 from extras import options, runs
 from extras import videos as V
@@ -271,7 +270,7 @@ def test_more_processes_than_gpus(monkeypatch, words, capsys):
 
 
 def test_several_processes_always_keep_their_state(monkeypatch):
-    args = demo.make_parser().parse_args([])
+    args = settled()
     assert not options.keeps_state(args)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert options.keeps_state(args) and options.state_file(args) == Path("output.state.safetensors")

@@ -1,6 +1,6 @@
 """The paper's baselines, one per file; here, what every method gets and gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -12,6 +12,7 @@ import prompts as P
 from backbones import Backbone, Recipe
 from syncos import Level
 
+METHOD_OPTIONS = ("stride", "window_batch", "t_min", "csd_iters", "csd_lr", "csd_batch")  # not of every method
 Callback = Callable[[int, float, Tensor, Tensor], None]  # see `Method.sample`
 
 
@@ -51,6 +52,8 @@ class Plan:
 
 class Method(Protocol):
     """A way to sample a plan: a frozen dataclass of its settings. See `extras.methods.METHODS`."""
+
+    options: Collection[str]  # those of METHOD_OPTIONS that act on it
 
     def check(self, plan: Plan) -> None:
         """Raises ValueError if the method cannot sample this backbone or length."""

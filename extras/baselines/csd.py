@@ -12,6 +12,7 @@ long run needs: progress and resuming.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class CSD:
     iters: int | None = None  # None: as many as SynCoS's number of model evaluations allows [ours]
     batch: int = 4  # windows per minibatch, as in SynCoS [ours]
     lr: float = 0.2  # AdamW's learning rate [ours: the most coherent of 0.05, 0.1 and 0.2 on the tiny model]
+
+    options: ClassVar = ("stride", "window_batch", "csd_batch", "t_min", "csd_iters")  # the last two by `steps`
 
     def check(self, plan: Plan) -> None:
         if not any(level.alpha > 0 for level in plan.levels[:-1]):

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import log
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class DiTCtrl:
     sharing: tuple[float, float] = (500, 979)  # timesteps low <= t < high that share [authors: steps 2 to 24 of 50]
     depth: float = 1 / 6  # share of the blocks that share, the last ones [authors: 25 to 29 of 30]
     sde: bool = False  # SDE-DPM-Solver++(2M) [authors]; else DDIM, as all other methods [ours]
+
+    options: ClassVar = ("stride", "window_batch")
 
     def check(self, plan: Plan) -> None:
         r, events = plan.recipe, len(plan.texts)

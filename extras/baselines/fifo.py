@@ -19,6 +19,7 @@ from there. The model must take a timestep per frame.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class Fifo:
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be between 0 and 1, got {self.eta}.")
+
+    options: ClassVar = ("stride", "window_batch")  # the stride places the events
 
     def check(self, plan: Plan) -> None:
         if not plan.recipe.backbone.frame_timesteps:

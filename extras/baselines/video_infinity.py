@@ -27,6 +27,7 @@ Memory grows with N, since all clips go through the network together. Predicted,
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ class VideoInfinity:
     bias: float = 10.0  # b; e^10 = 22026, so one of the two sets decides almost alone
     t_layout: float | None = None  # T; None: 800, with several prompts 850 [authors' examples]
     whole: bool = False  # convolutions and norms on the whole video [paper], not on a clip [authors' code]
+
+    options: ClassVar = ()  # one batch of clips, whatever they are
 
     def check(self, plan: Plan) -> None:
         F, f, (_, world) = plan.recipe.latent_frames, plan.recipe.window, rank_and_world()

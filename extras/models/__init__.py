@@ -1,21 +1,7 @@
 """All backbones by name: those of backbones.py, checked, and the further ones of this folder.
 
-A new one is a subclass of `Checked`, about 60 lines, with
-
-    inspect(model)          window, latent shape and scheduler of a model, from its small
-                            configuration files
-    make_levels(scheduler, steps)
-                            the noise levels of a run
-    load_pipe(*parts)       a diffusers pipeline with only these parts of tokenizer, text_encoder,
-                            transformer, vae
-    encode_text(pipe, text) a prompt as a tuple of tensors, without a batch axis; `text_length`
-                            tokens at most
-    denoise(x, t, *text)    the network's raw output for a batch; `prediction` says whether it is v,
-                            eps or a flow. t is float32: B, or B x f (one timestep per frame) if the
-                            model has `frame_timesteps`
-    decode(latents)         video frames, one at a time
-
-and a `Recipe` with its settings.
+A new one is a subclass of `Checked`, with what the docstrings of `backbones.Backbone` and `Checked`
+ask for, and a `Recipe` in RECIPES.
 """
 
 from dataclasses import replace

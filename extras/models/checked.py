@@ -16,14 +16,25 @@ from backbones import Backbone, CogVideoX, OpenSoraPlan, Recipe, to_uint8
 
 class Checked(Backbone):
     """Tells what a model cannot do or does not see, and which of its files are missing or do not
-    fit, by ValueError. A base class, before another backbone or alone."""
+    fit, by ValueError. A base class, before another backbone or alone.
 
+    Beyond what `Backbone` asks, a model needs `text_length`, a tokenizer from
+    transformers as `load_pipe("tokenizer").tokenizer`, and `inspect`.
+    """
+
+    text_length: int  # tokens that the text encoder reads
     untiled = ""  # which model cannot decode in tiles, and why
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self.tiling and self.untiled:
             raise ValueError(f"{self.untiled} does not need --vae_tiling; leave it out.")
+
+    @classmethod
+    def inspect(cls, model: str) -> dict[str, Any]:
+        """Fields of a `Recipe` that a model's configuration files state: window, scheduler ...
+        Raises ValueError if it is another kind of model."""
+        return {}
 
     @staticmethod
     def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
@@ -91,12 +102,14 @@ class CheckedCogVideoX(Checked, CogVideoX):
                 "in pairs; that is not supported, use CogVideoX 2B or 5B."
             )
         check_channels(model, transformer)
-        if (prediction := scheduler.get("prediction_type")) != "v_prediction":
-            raise ValueError(
-                f"{model}/scheduler has prediction_type {prediction}, but CogVideoX predicts v: use its own scheduler, "
-                'with "prediction_type": "v_prediction".'
-            )
         return transformer, scheduler
+
+    @classmethod
+    def inspect(cls, model: str) -> dict[str, Any]:
+        c, scheduler = cls.read_configs(model)
+        window = (c["sample_frames"] - 1) // c["temporal_compression_ratio"] + 1
+        latent = (c["in_channels"], c["sample_height"], c["sample_width"])
+        return dict(window=window, latent=latent, scheduler=scheduler)
 
     def load_pipe(self, *parts: str) -> Any:
         from extras.ports.loading import load_network, load_tokenizer
@@ -150,10 +163,12 @@ class CheckedOpenSoraPlan(Checked, OpenSoraPlan):
         from extras.ports.opensora_plan import TRANSFORMER, OpenSoraT2V_v1_3
 
         try:
-            check_channels(model, OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER))
+            c = OpenSoraT2V_v1_3.load_config(model, subfolder=TRANSFORMER)
         except OSError as error:
             raise ValueError(f"{model} is not an Open-Sora Plan v1.3: {TRANSFORMER}/config.json is missing.") from error
-        return super().inspect(model)
+        check_channels(model, c)
+        height, width = np.min(c["sample_size_h"]), np.max(c["sample_size_w"])  # a number, or the training's range
+        return dict(window=c["sample_size_t"], latent=(c["in_channels"], int(height), int(width)))
 
     @staticmethod
     def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
