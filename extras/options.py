@@ -15,7 +15,7 @@ from extras import videos as V
 from extras.baselines import Method, Plan
 from extras.methods import METHODS, SynCoS
 from extras.models import get_recipe
-from extras.processes import several_processes
+from extras.states import unfinished
 from prompts import SCENARIOS, Story, load_story, parse_events
 from syncos import ABLATIONS, Settings
 
@@ -121,10 +121,27 @@ def check_files(args: argparse.Namespace) -> None:
         written["the trace"] = args.trace, safe
     for path, suffixes in written.values():
         V.check_output(path, suffixes)
+    V.check_ffmpeg()
     files = {what: path for what, (path, _) in written.items()} | {"what is decoded": args.decode}
     if args.resume and args.state and args.resume.resolve() != args.state.resolve():
         files["what is resumed"] = args.resume
     V.check_distinct({what: path for what, path in files.items() if path})
+    if not args.plan and not args.decode:
+        check_unfinished(args)
+
+
+def check_unfinished(args: argparse.Namespace) -> None:
+    """Refuse names under which an earlier run left what took its time: state, latents, trace."""
+    latents, state = latents_file(args), state_file(args)
+    if latents.exists():
+        raise ValueError(
+            f"{latents} holds the latents of an earlier run: --decode {latents} writes its video; for this run choose "
+            "another --output_path."
+        )
+    if state.exists() and not (args.resume and state.resolve() == args.resume.resolve()):
+        raise ValueError(unfinished(state))
+    if args.trace and args.trace.exists():
+        raise ValueError(f"{args.trace} holds the trace of an earlier run; choose another name for this one's.")
 
 
 def latents_file(args: argparse.Namespace) -> Path:
@@ -132,9 +149,16 @@ def latents_file(args: argparse.Namespace) -> Path:
     return args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
 
 
-def keeps_state(args: argparse.Namespace) -> bool:
-    """Save after every step? Several processes always do: if one dies, the others cannot."""
-    return bool(args.state or args.resume or several_processes())
+def tidy(args: argparse.Namespace, latents: Path) -> None:
+    """Once the video is written, no latents wait for it."""
+    if not (args.decode or args.save_latents):
+        return latents.unlink(missing_ok=True)
+    kept = latents.with_name(latents.name.replace(".undecoded.", "."))
+    if args.decode and kept == latents:
+        return
+    if kept != latents and not kept.exists():
+        latents = latents.rename(kept)
+    V.say(f"Kept the latents in {latents}; --decode {latents} decodes them again")
 
 
 def state_file(args: argparse.Namespace) -> Path:

@@ -165,6 +165,7 @@ def test_same_seed_same_latents_whatever_the_window_batch(base, tmp_path):
     for extra in ([], ["--window_batch", 2], ["--seed", 1]):
         call(*base, "--save_latents", *extra)
         results.append(V.read_tensors(tmp_path / "video.safetensors", "latents")[0]["syncos"])
+        (tmp_path / "video.safetensors").unlink()
     assert (results[0] - results[1]).abs().max() < 1e-4
     assert (results[0] - results[2]).abs().max() > 1e-2
 

@@ -15,9 +15,8 @@ from helpers import call, make_tokenizer, randn, refusal
 from PIL import ImageFont
 from safetensors.torch import load_file, save_file
 
-import demo
 from backbones import CogVideoX, check_finite
-from extras import options, runs
+from extras import runs
 from extras import videos as V
 from extras.models import get_recipe
 from extras.models.checked import Checked, CheckedCogVideoX
@@ -268,13 +267,6 @@ def test_more_processes_than_gpus(monkeypatch, words, capsys):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("joined"))
     assert "--nproc_per_node 2" in refusal(capsys, *words, "--device", "cuda")
     assert "one GPU" in refusal(capsys, *words, "--device", "cuda:0")
-
-
-def test_several_processes_always_keep_their_state(monkeypatch):
-    args = demo.make_parser().parse_args([])
-    assert not options.keeps_state(args)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert options.keeps_state(args) and options.state_file(args) == Path("output.state.safetensors")
 
 
 def test_compile_and_sequential_offload_do_not_go_together(capsys):
