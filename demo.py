@@ -8,6 +8,7 @@
 Writes the video and, beside it, a contact sheet (PNG) with each event's prompt above its frames.
 """
 
+import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -82,17 +83,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":  # parse first, import after: --help and a mistyped option answer at once
     ARGS = make_parser().parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Python's imports would answer with pages
+        signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped."))
 
 import warnings
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from backbones import Backbone, Recipe
-from extras import options, runs
+from extras import devices, options, runs
 from extras import videos as V
 from extras.endings import Ending, catch_signals, lacks_memory
-from extras.processes import encode, join_processes, leave_processes, main_process
+from extras.meeting import main_process, numbered
+from extras.processes import encode, join_processes, leave_processes
 from extras.states import State
 from prompts import SCENARIOS
 
@@ -111,11 +116,11 @@ def main(args: argparse.Namespace) -> None:
                 recipe, latents, about = options.read_latents(args)
                 backbone = load(args, recipe, *options.choose_device(args, recipe), None)
             else:
-                args.device = join_processes(args.device)
                 run = options.plan_run(args)
                 state = State.read(args.resume, run.about()) if args.resume else State(run.about())
                 if args.plan:
-                    return V.say(f"{run.describe()}\n{V.missing_device(run.device)}".strip())
+                    return V.say(f"{run.describe()}\n{devices.missing_device(run.device)}".strip())
+                run = replace(run, device=join_processes(run.device))
                 backbone = load(args, run.plan.recipe, run.device, run.dtype, run)
                 state.claim(options.state_file(args), args.resume)
         except ValueError as error:
@@ -127,21 +132,19 @@ def main(args: argparse.Namespace) -> None:
 
 def prepare() -> None:
     warnings.formatwarning = lambda message, *_: f"{message}\n"
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt's letters
+    V.open_streams(quiet=not main_process())
     catch_signals()
 
 
 def refuse(error: ValueError) -> NoReturn:
-    if main_process():
-        print(f"demo.py: {error}", file=sys.stderr)
+    print(numbered(f"demo.py: {error}"), file=sys.stderr)
     sys.exit(2)
 
 
 def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dtype, run: runs.Run | None) -> Backbone:
     """A backbone that is ready to sample a run, or else to decode."""
-    if missing := V.missing_device(device):
-        raise ValueError(missing)
+    if run and args.compile:
+        devices.check_compile(device)
     backbone = recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, args.offload, args.vae_tiling)
     if run:
         V.say(f"{run.describe()}\nLoading {recipe.model}")

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from extras.processes import main_process
+from extras.meeting import numbered
+from extras.processes import lost
 from extras.videos import first_line
 
 SIGNALS = [
@@ -23,7 +24,8 @@ def catch_signals() -> None:
     dropped ssh, a closed console. One that is ignored stays so (nohup)."""
     if threading.current_thread() is threading.main_thread():  # no other may ask for signals
         for number in SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:
+            handler = signal.getsignal(number)
+            if handler == signal.SIG_DFL or (number == signal.SIGINT and callable(handler)):
                 signal.signal(number, signal.default_int_handler)
 
 
@@ -61,7 +63,7 @@ class Ending:
         if not (why := reason(error)):
             traceback.print_exception(error)
             why = f"Stopped by an unexpected {type(error).__name__}; its traceback is above."
-        raise SystemExit(f"{why} {safe}".strip() if main_process() else 1) from None
+        raise SystemExit(numbered(f"{lost() or why} {safe}".strip())) from None
 
 
 def lacks_memory(error: BaseException) -> bool:

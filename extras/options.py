@@ -2,6 +2,7 @@
 of this raises ValueError, one sentence that says what is wrong and what to do."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from backbones import Recipe
-from extras import runs
+from extras import devices, runs
 from extras import videos as V
 from extras.baselines import Method, Plan
+from extras.meeting import several_processes
 from extras.methods import METHODS, SynCoS
 from extras.models import get_recipe
 from extras.states import unfinished
@@ -31,8 +33,8 @@ def plan_run(args: argparse.Namespace) -> runs.Run:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
+    device, dtype = choose_device(args, get_recipe(args.backbone))  # before anything of another model is downloaded
     recipe = choose_recipe(args)
-    device, dtype = choose_device(args, recipe)
     methods = choose_methods(args, recipe.settings)
     story = choose_story(args, recipe.scenario)
     plan = Plan(recipe, tuple(story.event_prompts(structured="structured-prompt" not in args.ablate)))
@@ -65,15 +67,18 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def choose_device(args: argparse.Namespace, recipe: Recipe) -> tuple[str, torch.dtype]:
-    """The device, whether or not this machine has it, and the dtype."""
+    """The device and the dtype. A plan may be for a device that this machine lacks."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = args.device or ("cuda" if best == "cpu" and recipe.needs_gpu else best)
-    kind = V.device_kind(device)
+    kind = devices.device_kind(device)
     if args.compile and args.offload == "sequential":
         raise ValueError("--compile recompiles every layer with --offload sequential; use --offload model or none.")
     if kind == "cpu" and args.offload != "none":
         raise ValueError("--offload moves parts of the model between GPU and CPU; leave it out on the CPU.")
-    return device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+    dtype = getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+    if not args.plan:
+        devices.check_device(device, dtype)
+    return device, dtype
 
 
 def choose_methods(args: argparse.Namespace, settings: Settings) -> dict[str, Method]:
@@ -109,7 +114,13 @@ def choose_story(args: argparse.Namespace, default: str) -> Story:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Refuse a file that cannot be written, or that is another of the run's files."""
+    """Refuse a file that cannot be written, or that is another of the run's files; and words that
+    no model, file or console could take, because they are not in the system's encoding."""
+    for name, value in vars(args).items():
+        try:
+            json.dumps(value, default=str, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--{name} is not valid UTF-8; is it in the encoding of another system?") from None
     out, safe = args.output_path, (".safetensors",)
     if not out.name:
         raise ValueError("--output_path must name a file, .mp4, .gif or .webp.")
@@ -167,7 +178,10 @@ def state_file(args: argparse.Namespace) -> Path:
 
 def read_latents(args: argparse.Namespace) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
     """What --decode names: its backbone's recipe, latents and the rest of `describe_video`."""
+    if several_processes():
+        raise ValueError("--decode needs one process; start it without torchrun.")
     latents, about = V.read_tensors(args.decode, "latents")
+    choose_device(args, get_recipe(about["backbone"]))  # before anything of another model is downloaded
     return get_recipe(about["backbone"], args.model or about["model"]), latents, about
 
 

@@ -14,7 +14,7 @@ from backbones import Backbone, check_finite, free_memory
 from extras import videos as V
 from extras.baselines import Method, Plan
 from extras.endings import undisturbed
-from extras.processes import main_process
+from extras.meeting import main_process
 from extras.states import State
 from prompts import Story
 

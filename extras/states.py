@@ -12,7 +12,7 @@ from torch import Tensor
 
 from extras import videos as V
 from extras.endings import undisturbed
-from extras.processes import main_process
+from extras.meeting import main_process
 
 
 @dataclass

@@ -29,39 +29,36 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def open_streams(quiet: bool = False) -> None:
+    """Let nothing that is printed fail: not for want of a terminal, nor for a letter that it does
+    not have. quiet: print errors only."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None or (quiet and name == "stdout"):  # None: closed, or a program without a console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if reconfigure := getattr(getattr(sys, name), "reconfigure", None):  # a notebook's stream has none
+            reconfigure(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------------
 # Checks, before anything heavy is loaded
 
 
-def device_kind(device: str) -> str:
-    """Kind of a device: cuda, mps or cpu. Raises ValueError for others."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"The device {device} is unknown; use cuda, mps or cpu.")
-    return kind
-
-
-def missing_device(device: str) -> str:
-    """Error message if this machine does not have the device, else empty."""
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (torch.device(device).index or 0) < count[device_kind(device)]:
-        return ""
-    return f"{device.upper()} is not available on this machine; use --device cpu (slow for large models)."
-
-
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise ValueError if a file of this kind cannot be written there."""
-    folder, size = path.absolute().parent, len(os.fsencode(path.name))
+    folder = path.absolute().parent
     try:
-        longest = os.pathconf(folder, "PC_NAME_MAX") if folder.is_dir() else 255
+        size, longest, unit = len(os.fsencode(path.name)), 255, "bytes"
+        if hasattr(os, "pathconf"):
+            longest = os.pathconf(folder, "PC_NAME_MAX") if folder.is_dir() else 255
+        else:
+            size, unit = len(path.name.encode("utf-16-le")) // 2, "letters"
         if size > longest:
-            raise ValueError(f"A file name of {size} bytes is too long; at most {longest} are allowed: {path.name}.")
+            raise ValueError(f"A file name of {size} {unit} is too long; at most {longest} are allowed: {path.name}.")
+        if sys.platform == "win32" and (wrong := refused_by_windows(path.name)):
+            raise ValueError(f"Windows does not allow {wrong} as or in a file's name: {path.name}.")
         if path.suffix.lower() not in suffixes:
             raise ValueError(f"The name of {path} must end in {' or '.join(suffixes)}.")
         if not folder.is_dir():
@@ -82,6 +79,15 @@ def check_ffmpeg() -> None:
         get_ffmpeg_exe()
     except RuntimeError as error:
         raise ValueError(f"Videos cannot be written: {first_line(error)}") from None
+
+
+def refused_by_windows(name: str) -> str:
+    """What Windows does not allow in a file's name, or keeps for a device (NUL.mp4 is lost)."""
+    device = re.match(
+        r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", name, re.IGNORECASE
+    )
+    sign = re.search(r'[<>:"/\\|?*\x00-\x1f]|[. ]$', name)
+    return (device[1] if device else "") or (repr(sign[0]) if sign else "")
 
 
 def check_distinct(files: dict[str, Path]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import call, frames_of, refusal, run_processes, stop_at_preview
+from helpers import call, frames_of, needs_fork, refusal, run_processes, stop_at_preview
 from safetensors import torch as safetensors
 
 import demo
@@ -99,6 +99,7 @@ def half_a_file(tensors, path, **_):
     die()
 
 
+@needs_fork
 @pytest.mark.parametrize("moment, done", {"sampling": 1, "writing": 2, "before replacing": 1, "replaced": 3}.items())
 def test_a_kill_at_any_moment_costs_at_most_one_step(prepared, tmp_path, moment, done):
     run, backbone = prepared
@@ -156,6 +157,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_resume(base, tmp_path, monkeypat
     assert "state" in refusal(capsys, *words, "--resume", state)
 
 
+@needs_fork
 @pytest.mark.parametrize("world", [1, 2])
 def test_sigterm_saves_the_state_as_ctrl_c_does(base, tmp_path, world):
     """Cluster schedulers and `docker stop` send it; torchrun passes it on to each process."""
@@ -180,6 +182,7 @@ def test_sigterm_saves_the_state_as_ctrl_c_does(base, tmp_path, world):
     assert about["step"] >= 1 and tensors["now latents"].isfinite().all()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
 def test_sighup_stops_a_run_unless_it_is_ignored():
     """A dropped ssh sends it; nohup ignores it."""
     for handler, outcome in ((signal.SIG_DFL, KeyboardInterrupt), (signal.SIG_IGN, None)):
@@ -332,6 +335,7 @@ def test_a_rerun_destroys_nothing(base, tmp_path, monkeypatch, capsys):
         path.unlink()
 
 
+@needs_fork
 def test_of_two_runs_with_one_name_the_second_is_refused(base, tmp_path, monkeypatch, capsys):
     """Also if it started before the first had written anything."""
     load, state = demo.load, tmp_path / "video.state.safetensors"
@@ -449,6 +453,7 @@ def test_ffmpeg_gives_its_own_reason(tmp_path, monkeypatch):
 # Several processes
 
 
+@needs_fork
 @pytest.mark.parametrize("world, batch", [(2, 2), (3, 1)])
 def test_processes_share_the_windows(prepared, tmp_path, world, batch):
     run, backbone = prepared
@@ -468,6 +473,7 @@ def test_processes_share_the_windows(prepared, tmp_path, world, batch):
     assert max(max(s, default=0) for s in sizes) == batch
 
 
+@needs_fork
 def test_a_process_that_dies_ends_the_others(tmp_path):
     def work(rank):
         if rank == 1:
