@@ -184,6 +184,8 @@ def free_memory() -> None:
     """Free what was dropped: offload hooks make reference cycles, and torch caches blocks."""
     gc.collect()
     torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def check_finite(what: str, *tensors: Tensor) -> None:

@@ -8,6 +8,7 @@
 Writes the video and, beside it, a contact sheet (PNG) with each event's prompt above its frames.
 """
 
+import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -71,8 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--plan", **flag, help="print the plan and stop")
 
     add = parser.add_argument_group("long runs (torchrun --nproc_per_node N demo.py uses several GPUs)").add_argument
-    add("--state", type=Path, metavar="FILE", help="save the state after every step, to resume after a stop "
-        "(default: when stopped by Ctrl-C or a lack of memory; after every step on several GPUs)")  # fmt: skip
+    add("--state", type=Path, metavar="FILE", help="where the state is saved after every step, to resume after a stop "
+        "(.safetensors; default: beside the video)")  # fmt: skip
     add("--resume", type=Path, metavar="FILE", help="continue a run that was saved in FILE, with the same options")
     add("--preview", type=int, metavar="K", help="a picture of the estimate so far every K steps")
     add("--compile", **flag, help="torch.compile the model: minutes at first, once more for batches of "
@@ -82,71 +83,66 @@ def make_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":  # parse first, import after: --help and a mistyped option answer at once
     ARGS = make_parser().parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Python's imports would answer with pages
+        signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped."))
 
-import json
-import signal
 import warnings
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from backbones import Backbone, Recipe
-from extras import options, runs
+from extras import devices, options, runs
 from extras import videos as V
-from extras.processes import encode, join_processes, leave_processes, main_process
+from extras.endings import Ending, catch_signals, lacks_memory
+from extras.meeting import main_process, numbered
+from extras.processes import encode, join_processes, leave_processes
+from extras.states import State
 
 
 def main(args: argparse.Namespace) -> None:
     """Options, plan, sample, write."""
     prepare()
-    try:
-        args = options.settle(args)
-        if args.list_scenarios:
-            return V.say(options.list_scenarios())
-        options.check_files(args)
-        if args.decode:
-            recipe, latents, about = options.read_latents(args)
-            backbone = load(args, recipe, *options.choose_device(args, recipe), None)
-        else:
-            args.device = join_processes(args.device)
-            run = options.plan_run(args)
-            state = runs.State.read(args.resume, run.about()) if args.resume else runs.State(run.about())
-            if args.plan:
-                return V.say(f"{run.describe()}\n{V.missing_device(run.device)}".strip())
-            backbone = load(args, run.plan.recipe, run.device, run.dtype, run)
-    except ValueError as error:
-        refuse(error)
-    except runs.TROUBLE as error:
-        raise runs.stopped(error) from None
-
-    if args.decode:
-        return write(args, backbone, latents, about, args.decode)
-    latents, about = sample(args, run, backbone, state)
-    backbone.release_transformer()
-    write(args, backbone, latents, about, saved := options.latents_file(args))
-    if args.save_latents:
-        V.say(f"Kept the latents in {saved}; --decode {saved} decodes them again")
-    else:
-        saved.unlink(missing_ok=True)
+    with Ending() as ending:
+        try:
+            args = options.settle(args)
+            if args.list_scenarios:
+                return V.say(options.list_scenarios())
+            options.check_files(args)
+            if args.decode:
+                recipe, latents, about = options.read_latents(args)
+                backbone = load(args, recipe, *options.choose_device(args, recipe), None)
+            else:
+                run = options.plan_run(args)
+                state = State.read(args.resume, run.about()) if args.resume else State(run.about())
+                if args.plan:
+                    return V.say(f"{run.describe()}\n{devices.missing_device(run.device)}".strip())
+                run = replace(run, device=join_processes(run.device))
+                backbone = load(args, run.plan.recipe, run.device, run.dtype, run)
+                state.claim(options.state_file(args), args.resume)
+        except ValueError as error:
+            refuse(error)
+        if not args.decode:
+            latents, about = sample(args, run, backbone, state, ending)
+        write(args, backbone, latents, about, ending)
 
 
 def prepare() -> None:
     warnings.formatwarning = lambda message, *_: f"{message}\n"
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a prompt's letters
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what cluster schedulers send acts as Ctrl-C
+    V.open_streams(quiet=not main_process())
+    catch_signals()
 
 
 def refuse(error: ValueError) -> NoReturn:
-    if main_process():
-        print(f"demo.py: {error}", file=sys.stderr)
+    print(numbered(f"demo.py: {error}"), file=sys.stderr)
     sys.exit(2)
 
 
 def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dtype, run: runs.Run | None) -> Backbone:
     """A backbone that is ready to sample a run, or else to decode."""
-    if missing := V.missing_device(device):
-        raise ValueError(missing)
+    if run and args.compile:
+        devices.check_compile(device)
     backbone = recipe.make(device, dtype, offload=args.offload, tiling=args.vae_tiling)
     if run:
         V.say(f"{run.describe()}\nLoading {recipe.model}")
@@ -157,41 +153,43 @@ def load(args: argparse.Namespace, recipe: Recipe, device: str, dtype: torch.dty
     return backbone
 
 
-def sample(args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: runs.State) -> tuple[dict, dict]:
+def sample(
+    args: argparse.Namespace, run: runs.Run, backbone: Backbone, state: State, ending: Ending
+) -> tuple[dict, dict]:
     """Latents of each method, and what the video's file should know; saved before decoding."""
     file, about = options.state_file(args), options.describe_video(args, run)
+    ending.keep = lambda error: state.keep(file)
+    if run.plan.recipe.needs_gpu:
+        V.say(f"The state is saved after every step in {file}")
 
     def look(method: str, step: int, x0: torch.Tensor) -> None:
         if args.preview and main_process() and (step + 1) % args.preview == 0:
             title = f"{method}, estimate after step {step + 1} of {run.methods[method].steps(run.plan)}"
             runs.preview(args.output_path.with_suffix(".preview.png"), run, backbone, x0, title)
 
-    try:
-        latents = runs.sample(run, backbone, state, file if options.keeps_state(args) else None, look)
-        leave_processes()
-        if not main_process():
-            sys.exit()
-        V.write_tensors(options.latents_file(args), "latents", latents, about)
-        if args.trace:
-            V.write_tensors(args.trace, "trace", state.traces(), about)
-    except runs.TROUBLE as error:
-        raise runs.stopped(error, runs.keep_state(state, file)) from None
-    if options.keeps_state(args):
-        file.unlink(missing_ok=True)
+    latents = runs.sample(run, backbone, state, file, look)
+    leave_processes()
+    if not main_process():
+        sys.exit()
+    if args.trace:
+        V.write_tensors(args.trace, "trace", state.traces(), about, new=True)
+    V.write_tensors(options.latents_file(args), "latents", latents, about, new=True)
+    file.unlink(missing_ok=True)
     return latents, about
 
 
-def write(args: argparse.Namespace, backbone: Backbone, latents: dict, about: dict, safe: Path) -> None:
-    """The video and its contact sheet; `safe` holds the latents for another attempt."""
+def write(args: argparse.Namespace, backbone: Backbone, latents: dict, about: dict, ending: Ending) -> None:
+    """The video and its contact sheet, from latents that are on disk."""
+    file = args.decode or options.latents_file(args)
+    tiles = " --vae_tiling" * ("cogvideox" in about["backbone"])
+    ending.keep = lambda error: f"The latents are safe; --decode {file}{tiles * lacks_memory(error)} continues."
     fps, events = args.fps or about["fps"], list(zip(about["spans"], about["local"]))
     captions = about["captions"] if args.captions is None else args.captions
-    comment = json.dumps(about["run"])  # how it was made, for whoever finds the video later
-    try:
-        streams = {name: backbone.decode(x) for name, x in latents.items()}
-        V.write_story(args.output_path, streams, about["num_frames"], fps, events, about["global"], captions, comment)
-    except runs.TROUBLE as error:
-        tiles = " --vae_tiling" * (isinstance(error, torch.OutOfMemoryError) and "cogvideox" in about["backbone"])
-        raise runs.stopped(error, f"The latents are safe; --decode {safe}{tiles} continues.") from None
+    if not args.decode:
+        backbone.release_transformer()
+    streams = {name: backbone.decode(x) for name, x in latents.items()}
+    V.write_story(args.output_path, streams, about["num_frames"], fps, events, about["global"], captions, about["run"])
+    options.tidy(args, file)
 
 
 if __name__ == "__main__":

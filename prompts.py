@@ -13,6 +13,7 @@ from __future__ import annotations  # for Python 3.8 to 3.10
 import argparse
 import codecs
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,4 +226,5 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 if __name__ == "__main__":
     PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ARGS = parse_args(PARSER)
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="backslashreplace")  # a console may lack letters
     print(instruction(ARGS.scenario, ARGS.num_prompts))

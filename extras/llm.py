@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:  # any failure of network or server
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         sys.exit(f"extras.llm: {args.llm} gave no usable answer: {reason}")
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="backslashreplace")  # a console may lack letters
     print(to_json(story) + f"Wrote {args.output}. Next: python demo.py --story {args.output}")
 
 

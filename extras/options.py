@@ -2,6 +2,7 @@
 of this raises ValueError, one sentence that says what is wrong and what to do."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from backbones import Recipe
-from extras import runs
+from extras import devices, runs
 from extras import videos as V
 from extras.baselines import METHOD_OPTIONS, Method, Plan
+from extras.meeting import several_processes
 from extras.methods import METHODS, SynCoS
 from extras.models import get_recipe
-from extras.processes import several_processes
+from extras.states import unfinished
 from prompts import SCENARIOS, Story, load_story, parse_events
 from syncos import ABLATIONS, Settings, ablate
 
@@ -50,8 +52,8 @@ def plan_run(args: argparse.Namespace) -> runs.Run:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
+    device, dtype = choose_device(args, get_recipe(args.backbone))  # before anything of another model is downloaded
     recipe = choose_recipe(args)
-    device, dtype = choose_device(args, recipe)
     methods = choose_methods(args, recipe.settings)
     story = choose_story(args, recipe.scenario)
     if "structured-prompt" in args.ablate and not story.global_prompt:
@@ -89,15 +91,18 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def choose_device(args: argparse.Namespace, recipe: Recipe) -> tuple[str, torch.dtype]:
-    """The device, whether or not this machine has it, and the dtype."""
+    """The device and the dtype. A plan may be for a device that this machine lacks."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = args.device or ("cuda" if best == "cpu" and recipe.needs_gpu else best)
-    kind = V.device_kind(device)
+    kind = devices.device_kind(device)
     if args.compile and args.offload == "sequential":
         raise ValueError("--compile recompiles every layer with --offload sequential; use --offload model or none.")
     if kind == "cpu" and args.offload != "none":
         raise ValueError("--offload moves parts of the model between GPU and CPU; leave it out on the CPU.")
-    return device, getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+    dtype = getattr(torch, args.dtype or ("float32" if kind == "cpu" else recipe.dtype))
+    if not args.plan:
+        devices.check_device(device, dtype)
+    return device, dtype
 
 
 def choose_methods(args: argparse.Namespace, settings: Settings) -> dict[str, Method]:
@@ -144,7 +149,13 @@ def choose_story(args: argparse.Namespace, default: str) -> Story:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Refuse a file that cannot be written, or that is another of the run's files."""
+    """Refuse a file that cannot be written, or that is another of the run's files; and words that
+    no model, file or console could take, because they are not in the system's encoding."""
+    for name, value in vars(args).items():
+        try:
+            json.dumps(value, default=str, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"--{name} is not valid UTF-8; is it in the encoding of another system?") from None
     out, safe = args.output_path, (".safetensors",)
     if not out.name:
         raise ValueError("--output_path must name a file, .mp4, .gif or .webp.")
@@ -156,10 +167,27 @@ def check_files(args: argparse.Namespace) -> None:
         written["the trace"] = args.trace, safe
     for path, suffixes in written.values():
         V.check_output(path, suffixes)
+    V.check_ffmpeg()
     files = {what: path for what, (path, _) in written.items()} | {"what is decoded": args.decode}
     if args.resume and args.state and args.resume.resolve() != args.state.resolve():
         files["what is resumed"] = args.resume
     V.check_distinct({what: path for what, path in files.items() if path})
+    if not args.plan and not args.decode:
+        check_unfinished(args)
+
+
+def check_unfinished(args: argparse.Namespace) -> None:
+    """Refuse names under which an earlier run left what took its time: state, latents, trace."""
+    latents, state = latents_file(args), state_file(args)
+    if latents.exists():
+        raise ValueError(
+            f"{latents} holds the latents of an earlier run: --decode {latents} writes its video; for this run choose "
+            "another --output_path."
+        )
+    if state.exists() and not (args.resume and state.resolve() == args.resume.resolve()):
+        raise ValueError(unfinished(state))
+    if args.trace and args.trace.exists():
+        raise ValueError(f"{args.trace} holds the trace of an earlier run; choose another name for this one's.")
 
 
 def latents_file(args: argparse.Namespace) -> Path:
@@ -167,9 +195,16 @@ def latents_file(args: argparse.Namespace) -> Path:
     return args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
 
 
-def keeps_state(args: argparse.Namespace) -> bool:
-    """Save after every step? Several processes always do: if one dies, the others cannot."""
-    return bool(args.state or args.resume or several_processes())
+def tidy(args: argparse.Namespace, latents: Path) -> None:
+    """Once the video is written, no latents wait for it."""
+    if not (args.decode or args.save_latents):
+        return latents.unlink(missing_ok=True)
+    kept = latents.with_name(latents.name.replace(".undecoded.", "."))
+    if args.decode and kept == latents:
+        return
+    if kept != latents and not kept.exists():
+        latents = latents.rename(kept)
+    V.say(f"Kept the latents in {latents}; --decode {latents} decodes them again")
 
 
 def state_file(args: argparse.Namespace) -> Path:
@@ -178,7 +213,10 @@ def state_file(args: argparse.Namespace) -> Path:
 
 def read_latents(args: argparse.Namespace) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
     """What --decode names: its backbone's recipe, latents and the rest of `describe_video`."""
+    if several_processes():
+        raise ValueError("--decode needs one process; start it without torchrun.")
     latents, about = V.read_tensors(args.decode, "latents")
+    choose_device(args, get_recipe(about["backbone"]))  # before anything of another model is downloaded
     return get_recipe(about["backbone"], args.model or about["model"]), latents, about
 
 

@@ -7,15 +7,18 @@ completely or not at all: `replacing`.
 import functools
 import json
 import os
+import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
 from textwrap import wrap
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,39 +29,36 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def open_streams(quiet: bool = False) -> None:
+    """Let nothing that is printed fail: not for want of a terminal, nor for a letter that it does
+    not have. quiet: print errors only."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None or (quiet and name == "stdout"):  # None: closed, or a program without a console
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if reconfigure := getattr(getattr(sys, name), "reconfigure", None):  # a notebook's stream has none
+            reconfigure(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------------
 # Checks, before anything heavy is loaded
 
 
-def device_kind(device: str) -> str:
-    """Kind of a device: cuda, mps or cpu. Raises ValueError for others."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"The device {device} is unknown; use cuda, mps or cpu.")
-    return kind
-
-
-def missing_device(device: str) -> str:
-    """Error message if this machine does not have the device, else empty."""
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (torch.device(device).index or 0) < count[device_kind(device)]:
-        return ""
-    return f"{device.upper()} is not available on this machine; use --device cpu (slow for large models)."
-
-
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise ValueError if a file of this kind cannot be written there."""
-    folder, size = path.absolute().parent, len(os.fsencode(path.name))
+    folder = path.absolute().parent
     try:
-        longest = os.pathconf(folder, "PC_NAME_MAX") if folder.is_dir() else 255
+        size, longest, unit = len(os.fsencode(path.name)), 255, "bytes"
+        if hasattr(os, "pathconf"):
+            longest = os.pathconf(folder, "PC_NAME_MAX") if folder.is_dir() else 255
+        else:
+            size, unit = len(path.name.encode("utf-16-le")) // 2, "letters"
         if size > longest:
-            raise ValueError(f"A file name of {size} bytes is too long; at most {longest} are allowed: {path.name}.")
+            raise ValueError(f"A file name of {size} {unit} is too long; at most {longest} are allowed: {path.name}.")
+        if sys.platform == "win32" and (wrong := refused_by_windows(path.name)):
+            raise ValueError(f"Windows does not allow {wrong} as or in a file's name: {path.name}.")
         if path.suffix.lower() not in suffixes:
             raise ValueError(f"The name of {path} must end in {' or '.join(suffixes)}.")
         if not folder.is_dir():
@@ -69,6 +69,25 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
             pass
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def check_ffmpeg() -> None:
+    """Raise ValueError if there is no ffmpeg to write videos with."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    try:
+        get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ValueError(f"Videos cannot be written: {first_line(error)}") from None
+
+
+def refused_by_windows(name: str) -> str:
+    """What Windows does not allow in a file's name, or keeps for a device (NUL.mp4 is lost)."""
+    device = re.match(
+        r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)", name, re.IGNORECASE
+    )
+    sign = re.search(r'[<>:"/\\|?*\x00-\x1f]|[. ]$', name)
+    return (device[1] if device else "") or (repr(sign[0]) if sign else "")
 
 
 def check_distinct(files: dict[str, Path]) -> None:
@@ -85,39 +104,47 @@ def check_distinct(files: dict[str, Path]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end. Raises
-    OSError, one sentence that names `path`.
+    """Yield a temporary path, absolute, that replaces `path` at the end.
+    Raises OSError, one sentence that names `path`.
 
-    Its name is short and contains the process ID, so two runs that
-    write the same file do not collide.
+    Its name is short and nobody else's, so two runs that write the
+    same file do not collide.
     """
-    partial = path.with_name(f".partial-{os.getpid()}{path.suffix}")
+    partial = path.absolute().with_name(f".partial-{uuid4().hex[:12]}{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(f"Cannot write {path}: {reason}.") from error
+        raise OSError(f"Cannot write {path}: {error.strerror or first_line(error)}".rstrip(".") + ".") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
-def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write safetensors with `about` in the metadata. Raises OSError."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, as one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ") + "."
+
+
+def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any], new: bool = False) -> None:
+    """Write safetensors with `about` in the metadata; new: never over a file. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as partial:
+        if new and path.exists():
+            raise FileExistsError("another run has written it")
         try:
             metadata = {"syncos": json.dumps(about | dict(what=what, names=list(tensors)))}
-            save_file(tensors, partial, metadata=metadata)
+            own = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+            save_file(own, partial, metadata=metadata)  # which refuses tensors that share memory
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `write_tensors` wrote. Raises ValueError if the file is
-    missing, damaged or of another kind."""
+    """Read what `write_tensors` wrote, whole: Windows cannot replace a file that tensors are
+    mapped to. Raises ValueError if the file is missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -125,7 +152,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]
             about = json.loads((file.metadata() or {})["syncos"])
             if about["what"] != what:
                 raise KeyError(what)
-            return {name: file.get_tensor(name) for name in about["names"]}, about
+            return {name: file.get_tensor(name).clone() for name in about["names"]}, about
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no {what} that this program saved ({type(error).__name__}).") from None
 
@@ -152,32 +179,42 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: str = "") -> None:
     """Write frames as mp4 that plays everywhere, with a comment in its metadata, or
-    as gif or webp. Raises OSError."""
-    from imageio_ffmpeg import write_frames
+    as gif or webp. Raises OSError with ffmpeg's own reason."""
+    from imageio_ffmpeg import get_ffmpeg_exe
 
     first = next(frames)
+    height, width = first.shape[:2]
+    even = ["-vf", f"scale={width + width % 2}:{height + height % 2}", "-pix_fmt", "yuv420p"]
     if path.suffix.lower() == ".mp4":
-        extra = ["-movflags", "+faststart", "-metadata", f"comment={comment}"]
-        options = dict(codec="libx264", pix_fmt_out="yuv420p", quality=8, macro_block_size=2, output_params=extra)
+        options = ["-c:v", "libx264", "-crf", "10", *even, "-movflags", "+faststart", "-metadata", f"comment={comment}"]
     elif path.suffix.lower() == ".webp":
-        options = dict(codec="libwebp_anim", pix_fmt_out="yuv420p", quality=None, macro_block_size=2)
-        options |= dict(output_params=["-quality", "75", "-loop", "0"])
+        options = ["-c:v", "libwebp_anim", *even, "-quality", "75", "-loop", "0"]
     else:  # one palette per frame, so that ffmpeg need not keep all frames
         palette = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
-        options = dict(codec="gif", pix_fmt_out="pal8", macro_block_size=1, output_params=["-filter_complex", palette])
-    options |= dict(fps=fps, ffmpeg_log_level="quiet")
+        options = ["-c:v", "gif", "-pix_fmt", "pal8", "-filter_complex", palette]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     written = 0
-    with replacing(path) as partial:
-        with closing(write_frames(str(partial), (first.shape[1], first.shape[0]), **options)) as ffmpeg:
-            ffmpeg.send(None)
-            for frame in chain([first], frames):
-                written += 1
-                try:
-                    ffmpeg.send(np.ascontiguousarray(frame))
-                except OSError:
-                    break
-        if not is_whole(partial, written):
-            raise OSError("ffmpeg could not finish the file (is the disk full?)")
+    with replacing(path) as partial, TemporaryFile() as said:
+        command = [get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *options, str(partial)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+        with subprocess.Popen(command, **pipes) as ffmpeg:
+            try:
+                for frame in chain([first], frames):
+                    written += 1
+                    try:
+                        ffmpeg.stdin.write(np.ascontiguousarray(frame))
+                    except OSError:  # it has ended, and said why
+                        break
+            except BaseException:
+                ffmpeg.kill()
+                raise
+            finally:
+                with suppress(OSError):
+                    ffmpeg.stdin.close()
+        if ffmpeg.returncode or not is_whole(partial, written):
+            said.seek(0)
+            lines = re.sub(r"^\[.*?\] ", "", said.read().decode(errors="replace"), flags=re.M).splitlines()
+            raise OSError(f"ffmpeg says: {lines[0] if lines else 'nothing, but the file is not complete'}")
 
 
 def is_whole(path: Path, frames: int) -> bool:
@@ -283,6 +320,15 @@ def contact_sheet(
         sheet.save(partial)
 
 
+def shortened(about: dict[str, Any], most: int = 8000) -> str:
+    """As JSON, without its longest entries if it is too long for a command line (Windows: 32,767
+    characters in all, with a backslash before each quotation mark)."""
+    about = dict(about)
+    while len(text := json.dumps(about)) > most:
+        about[max(about, key=lambda name: len(json.dumps(about[name])))] = "too long to be kept here"
+    return text
+
+
 def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.ndarray:
     """Strip to put under a frame, rows (an even number) x width x 3: the methods' names below their
     pictures, if there are several, and `lines` lines of text."""
@@ -319,13 +365,13 @@ def write_story(
     events: list[tuple[tuple[float, float], str]],
     title: str,
     captions: bool = False,
-    comment: str = "",
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Write the video, methods side by side, and its contact sheet, frame by frame.
 
     streams: method -> its `count` frames; events: start and end as fractions of the video,
     and the prompt. Small frames are enlarged to about 256 rows; captions: add the prompt of
-    the current event. Raises OSError.
+    the current event; about: how it was made, for whoever finds the video later. Raises OSError.
     """
     from tqdm import tqdm
 
@@ -355,6 +401,6 @@ def write_story(
             yield frame
 
     with tqdm(total=count, desc="decoding", unit="frame") as bar:
-        write_video(path, frames(), fps, comment)
+        write_video(path, frames(), fps, shortened(about or {}))
     contact_sheet(path.with_suffix(".png"), picked, rows, title)
     say(f"Wrote {path} and {path.with_suffix('.png')}")

@@ -33,6 +33,8 @@ import syncos as S
 from extras import options, runs
 from extras.models import videocrafter2
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red fox . it jumps"
 

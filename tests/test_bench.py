@@ -1,5 +1,6 @@
 """The benchmark's parts at toy sizes: they run, and count what they should."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ def small(monkeypatch):
     B.evaluation_seconds.cache_clear()
 
 
+@pytest.mark.skipif(math.isnan(B.peak(lambda: None)), reason="this system does not count a process's memory")
 def test_peak_sees_what_is_freed_again():
     assert 64 <= B.in_new_process(peak_of_64_mib) < 80
 

@@ -380,6 +380,7 @@ def test_demo_end_to_end(any_method, tmp_path, capsys, monkeypatch):
     traces = read_tensors(tmp_path / "trace.safetensors", "trace")[0]
     assert traces["fifo"].shape == (8, 7, 64) and traces["gen-l-video"].shape == (6, 7, 64)
 
+    (tmp_path / "video.safetensors").unlink()
     stop_at_preview(monkeypatch, *words)
     call(*words, "--resume", tmp_path / "video.state.safetensors")
     resumed = read_tensors(tmp_path / "video.safetensors", "latents")[0]

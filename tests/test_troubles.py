@@ -11,12 +11,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from helpers import call, make_tokenizer, randn, refusal, settled
+from helpers import call, make_tokenizer, randn, refusal
 from PIL import ImageFont
 from safetensors.torch import load_file, save_file
 
 from backbones import CogVideoX, check_finite
-from extras import options, runs
+from extras import meeting, runs
 from extras import videos as V
 from extras.models import get_recipe
 from extras.models.checked import Checked, CheckedCogVideoX
@@ -72,8 +72,11 @@ def test_every_name_that_a_run_may_write_fits_or_is_refused(words, tmp_path, cap
 
 
 def test_places_where_nothing_can_be_written(words, tmp_path, capsys):
-    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
-    for path in (tmp_path / "loop.mp4", "/proc/video.mp4"):
+    try:
+        (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    except OSError:
+        pytest.skip("this system lets no user make links")
+    for path in (tmp_path / "loop.mp4", *(["/proc/video.mp4"] if Path("/proc").is_dir() else [])):
         assert "written" in refusal(capsys, *words, "--output_path", path)
     assert not list((tmp_path / "out").iterdir())
 
@@ -262,18 +265,12 @@ def test_an_image_to_video_model_is_refused_by_its_channels(words, model, wan_fo
 def test_more_processes_than_gpus(monkeypatch, words, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0", RANK="0").items():
+    environment = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0", RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("joined"))
+    monkeypatch.setattr(meeting, "open_store", lambda *_: pytest.fail("met"))
     assert "--nproc_per_node 2" in refusal(capsys, *words, "--device", "cuda")
     assert "one GPU" in refusal(capsys, *words, "--device", "cuda:0")
-
-
-def test_several_processes_always_keep_their_state(monkeypatch):
-    args = settled()
-    assert not options.keeps_state(args)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert options.keeps_state(args) and options.state_file(args) == Path("output.state.safetensors")
 
 
 def test_compile_and_sequential_offload_do_not_go_together(capsys):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import TemporalConvLayer
-from helpers import call, make_tokenizer, maxdiff, randn, randomize, rng, run_processes
+from helpers import call, make_tokenizer, maxdiff, needs_fork, randn, randomize, rng, run_processes
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -310,6 +310,7 @@ def test_a_stopped_run_resumes(backbone):
         assert torch.equal(method.sample(backbone, plan, x, rng(), start=step + 1, x0=x0), whole)
 
 
+@needs_fork
 @pytest.mark.parametrize("clips, world, shared", [(4, 2, 8), (4, 4, 8), (3, 3, 2), (6, 2, 16)])
 def test_processes_share_the_clips(unet, backbone, tmp_path, clips, world, shared):
     plan, noise, method = plan_of(clips), randn(4 * clips, 4, 8, 8), VideoInfinity(near=3, shared=shared)
@@ -340,6 +341,7 @@ def test_processes_share_the_clips(unet, backbone, tmp_path, clips, world, share
     assert maxdiff(results[0], whole) < 1e-5 * whole.abs().max()
 
 
+@needs_fork
 def test_a_process_that_dies_ends_the_others(tmp_path):
     def work(rank):
         if rank == 1:

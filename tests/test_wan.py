@@ -195,6 +195,7 @@ def test_demo_end_to_end(wan_folder, tmp_path, capsys, monkeypatch):
     frames = frames_of(tmp_path / "video.mp4")
     assert len(frames) == 17
 
+    (tmp_path / "video.safetensors").unlink()
     stop_at_preview(monkeypatch, *words, "--preview", 2)
     call(*words, "--resume", tmp_path / "video.state.safetensors")
     resumed = read_tensors(tmp_path / "video.safetensors", "latents")[0]

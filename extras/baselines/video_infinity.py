@@ -37,7 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import syncos as S
 from extras.baselines import Plan
 from extras.models.videocrafter2 import VideoCrafter2
-from extras.processes import rank_and_world
+from extras.processes import rank_and_world, together
 
 REACH = 4  # frames on either side that the four convolutions of a TemporalConvLayer see
 
@@ -136,10 +136,7 @@ def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor,
     parts = [torch.cat([x[:, list(picked)], x[:, :reach], x[:, L - reach :]], 1)]
     if world > 1:
         mine, parts = parts[0], [torch.empty_like(parts[0]) for _ in range(world)]
-        try:
-            dist.all_gather(parts, mine)
-        except RuntimeError as error:
-            raise ConnectionError("Another process has stopped.") from error
+        together(dist.all_gather, parts, mine)
     beyond = x.new_zeros(len(x), reach, *x.shape[2:])
     before = parts[rank - 1][:, k + reach :] if rank > 0 else beyond
     after = parts[rank + 1][:, k : k + reach] if rank < world - 1 else beyond

@@ -12,6 +12,7 @@ The part "memory" is a prediction, the same on every machine: see memory.py.
 
 import argparse
 import functools
+import math
 import statistics
 import tempfile
 import time
@@ -31,6 +32,7 @@ from extras.measure import memory
 from extras.methods import METHODS
 from extras.models.tiny import TINY
 
+PROC = Path("/proc/self")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG = COGVIDEOX_2B
 LEVEL = S.Level(899, 0.15, 0.99)
@@ -49,17 +51,25 @@ def seconds(f: Callable[[], object], runs: int = 5) -> float:
 
 
 def peak(f: Callable[[], object]) -> float:
-    """Peak memory of f in MiB, above what is in use when it starts."""
+    """Peak memory of f in MiB, above what is in use when it starts; NaN if nothing counts it."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         f()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024  # noqa: E731
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = status("VmRSS")
+    status = lambda key: int((PROC / "status").read_text().split(key + ":")[1].split()[0]) / 1024  # noqa: E731
+    try:
+        (PROC / "clear_refs").write_text("5")  # reset the peak
+        before = status("VmRSS")
+    except OSError:  # macOS and Windows have no such files, some containers lock them
+        f()
+        return math.nan
     f()
     return status("VmHWM") - before
+
+
+def mib(memory: float) -> str:
+    return "memory not measured (needs Linux's /proc)" if math.isnan(memory) else f"{memory:.0f} MiB"
 
 
 def in_new_process(f: Callable, *args):
@@ -192,7 +202,7 @@ def length() -> Iterator[tuple[str, str]]:
             latent = frames * torch.Size(recipe.latent).numel() * 4 / 2**20
             yield (
                 f"{what}, {times}x: {frames} latent frames, {latent:.1f} MiB",
-                f"{memory:.0f} MiB at the peak, {1000 * t / frames:.1f} ms per latent frame",
+                f"{mib(memory)} at the peak, {1000 * t / frames:.1f} ms per latent frame",
             )
 
 

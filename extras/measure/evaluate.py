@@ -51,7 +51,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import prompts as P
-from extras.videos import check_output, missing_device, read_frames, read_tensors
+from extras.devices import missing_device
+from extras.videos import check_output, open_streams, read_frames, read_tensors
 from syncos import make_windows
 
 DINO, CLIP, LARGE_CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
@@ -454,6 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="frames per network call (default: 16)")
     parser.add_argument("--output_path", type=Path, help="(default: VIDEO's name with .scores.json)")
     args = parser.parse_args(argv)
+    open_streams()
     try:
         if args.trajectories:
             path = args.output_path or args.trajectories.with_suffix(".png")

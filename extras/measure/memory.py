@@ -235,27 +235,30 @@ def snippet() -> dict[str, float]:
 
     [code] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
     figures, recipe, set_timesteps = {}, RECIPES["cogvideox"], D.CogVideoXDDIMScheduler.set_timesteps
-    pipe = make_cogvideox(recipe, ("tokenizer", "text_encoder", "transformer", "vae"))
-    pipe.to = lambda device: pipe  # already there
-    decode = pipe.decode_latents
 
-    def decoded(latents: Tensor) -> Tensor:
-        figures["encode and sample"] = memory.take()
-        video = decode(latents)
-        figures["decode"] = memory.take()
-        return video
+    def from_pretrained(name: str, dtype: torch.dtype, **left_out: None) -> object:
+        if "text_encoder" in left_out:
+            figures["encode"] = memory.take()
+        pipe = make_cogvideox(recipe, {"tokenizer", "text_encoder", "transformer", "vae"} - set(left_out))
+        pipe.to, decode = lambda device: pipe, pipe.decode_latents  # it is there already
+        memory.take()
 
-    pipe.decode_latents = decoded
+        def decoded(latents: Tensor) -> Tensor:
+            figures["sample"] = memory.take()
+            video = decode(latents)
+            figures["decode"] = memory.take()
+            return video
+
+        pipe.decode_latents = decoded
+        return pipe
+
     with (
         meta_as_gpu() as memory,
-        patch.object(D.CogVideoXPipeline, "from_pretrained", lambda *_, **__: pipe),
+        patch.object(D.CogVideoXPipeline, "from_pretrained", from_pretrained),
         patch.object(D.CogVideoXDDIMScheduler, "set_timesteps", lambda self, steps: set_timesteps(self, 1)),
         patch.object(imageio, "mimwrite", lambda *_, **__: None),
     ):
-        for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
-            for x in part.parameters():
-                memory.count(x)
-        exec(code, {"pipe": pipe})
+        exec(code, {})
     return figures
 
 

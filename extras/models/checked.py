@@ -148,8 +148,10 @@ class CheckedCogVideoX(Checked, CogVideoX):
     def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
         vae = self.pipe.vae
         vae.enable_tiling()
-        yield from self.decode(latents)
-        vae.use_tiling = self.tiling
+        try:
+            yield from self.decode(latents)
+        finally:
+            vae.use_tiling = self.tiling
 
 
 class CheckedOpenSoraPlan(Checked, OpenSoraPlan):
