@@ -72,6 +72,7 @@ def test_one_window_is_the_pipeline(cogvideox15_folder, steps, guidance, f):
     run = lambda x: syncos(backbone.predict_x0, x, levels, [slice(0, f)], [PROMPT], settings, rng())  # noqa: E731
     ours = run(as_ours(noise))
     assert torch.equal(run(as_ours(noise, seed=10))[:, :C], ours[:, :C])
+    assert torch.equal(ours[1:, C:], ours[1:, :C]) and not torch.equal(ours[0, C:], ours[0, :C])
 
     pipe = CogVideoXPipeline.from_pretrained(cogvideox15_folder, dtype=torch.float32)
     args = dict(num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=12, num_frames=4 * f - 3)
