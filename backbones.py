@@ -212,7 +212,6 @@ class CogVideoX(Backbone):
 
     prediction = "v_prediction"
     frame_timesteps = True  # see extras/baselines/fifo.py
-    rotary = None
 
     def __init__(self, model: str, *args, **options):
         super().__init__(model, *args, **options)
@@ -242,18 +241,16 @@ class CogVideoX(Backbone):
         super().load(decoder_only)
         if self.tiling:
             self.pipe.vae.enable_tiling()
-        if not decoder_only and self.pipe.transformer.config.use_rotary_positional_embeddings:
-            c, scale = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
-            frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1  # of one window
-            size = (c.sample_height * scale, c.sample_width * scale, frames)
-            self.rotary = self.pipe._prepare_rotary_positional_embeddings(*size, self.device)
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
         options = dict(do_classifier_free_guidance=False, max_sequence_length=self.text_length)
         return (pipe.encode_prompt(text, **options)[0][0],)  # L D
 
     def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return self.pipe.transformer(x, text, t.flatten(), image_rotary_emb=self.rotary, return_dict=False)[0]
+        (_, f, _, H, W), scale, rotary = x.shape, self.pipe.vae_scale_factor_spatial, None
+        if self.pipe.transformer.config.use_rotary_positional_embeddings:
+            rotary = self.pipe._prepare_rotary_positional_embeddings(H * scale, W * scale, f, self.device)
+        return self.pipe.transformer(x, text, t.flatten(), image_rotary_emb=rotary, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:

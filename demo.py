@@ -24,7 +24,8 @@ def make_parser() -> argparse.ArgumentParser:
     own, flag = "(default: the backbone's)", dict(action="store_const", const=True)  # None: not given
     add = parser.add_argument_group("model").add_argument
     add("--backbone",
-        help="tiny (default), tiny-unet, cogvideox, cogvideox-5b, opensora-plan, wan, videocrafter2")  # fmt: skip
+        help="tiny (default), tiny-unet, cogvideox, cogvideox-5b, cogvideox-1.5, opensora-plan, wan, "
+             "videocrafter2")  # fmt: skip
     add("--model", help=f"hub id or folder of a pipeline in diffusers format {own}")
     add("--device", help="cuda, mps or cpu (default: the best available)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=f"{own}; float32 on a CPU")

@@ -217,7 +217,13 @@ def read_latents(args: argparse.Namespace) -> tuple[Recipe, dict[str, Tensor], d
         raise ValueError("--decode needs one process; start it without torchrun.")
     latents, about = V.read_tensors(args.decode, "latents")
     choose_device(args, get_recipe(about["backbone"]))  # before anything of another model is downloaded
-    return get_recipe(about["backbone"], args.model or about["model"]), latents, about
+    recipe = get_recipe(about["backbone"], args.model or about["model"])
+    if channels := {x.shape[1] for x in latents.values()} - {recipe.latent[0]}:
+        raise ValueError(
+            f"{args.decode} holds latents of {channels.pop()} channels, and those of {recipe.model} have "
+            f"{recipe.latent[0]}; use the --model that made them."
+        )
+    return recipe, latents, about
 
 
 def describe_video(args: argparse.Namespace, run: runs.Run) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def rotary_folder(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def cogvideox15_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cogvideox15")
+    make_pipeline(rotary=True, patch_size_t=2, patch_bias=False).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(params=["sincos", "rotary"])
 def pipeline_folder(request):
     return request.getfixturevalue(f"{request.param}_folder")

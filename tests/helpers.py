@@ -158,7 +158,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def make_pipeline(rotary: bool) -> CogVideoXPipeline:
+def make_pipeline(rotary: bool, **transformer) -> CogVideoXPipeline:
     torch.manual_seed(0)
     pipe = CogVideoXPipeline(
         tokenizer=make_tokenizer(),
@@ -171,7 +171,7 @@ def make_pipeline(rotary: bool) -> CogVideoXPipeline:
         transformer=CogVideoXTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
             text_embed_dim=16, num_layers=2, sample_width=4, sample_height=2, sample_frames=17, max_text_seq_length=12,
-            use_rotary_positional_embeddings=rotary,
+            use_rotary_positional_embeddings=rotary, **transformer,
         ),
         scheduler=CogVideoXDDIMScheduler(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
@@ -179,6 +179,9 @@ def make_pipeline(rotary: bool) -> CogVideoXPipeline:
         ),
     )  # fmt: skip
     randomize(pipe.transformer)
+    for block in pipe.transformer.transformer_blocks:  # sharp attention, or positions would hardly matter
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight += 3
     randomize(pipe.text_encoder)
     return pipe.to("cpu")
 

@@ -277,11 +277,20 @@ def test_one_window_is_the_pipeline(pipeline_folder, steps, guidance):
     pipe = CogVideoXPipeline.from_pretrained(pipeline_folder, dtype=torch.float32)
     args = dict(num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=12, num_frames=17, eta=0.0)
     expected = pipe(PROMPT, latents=noise[None].clone(), output_type="latent", **args).frames[0]
-    assert maxdiff(got, expected) < 1e-4
+    assert maxdiff(got, expected) < 1e-5
     frames = pipe.video_processor.postprocess_video(pipe.decode_latents(expected[None]), output_type="np")[0]
     ours = np.stack(list(backbone.decode(got)))
     assert ours.shape == (17, 16, 32, 3) and ours.dtype == np.uint8
     assert np.abs(ours / 255 - frames).max() < 0.5 / 255 + 1e-4
+
+
+def test_positions_matter(rotary_folder):
+    """Else the equality above would say nothing about them."""
+    backbone, x = prepared(rotary_folder), randn(1, 5, 4, 2, 4)
+    right, make = backbone.predict_x0(x, 599, [PROMPT]), backbone.pipe._prepare_rotary_positional_embeddings
+    for wrong in (lambda *_: None, lambda *size: [x.flip(0) for x in make(*size)]):
+        backbone.pipe._prepare_rotary_positional_embeddings = wrong
+        assert maxdiff(backbone.predict_x0(x, 599, [PROMPT]), right) > 1e-3
 
 
 def test_the_decoder_comes_to_the_device_for_every_piece(sincos_folder, monkeypatch):
@@ -343,8 +352,8 @@ def test_inspect(sincos_folder, tmp_path):
     shutil.copytree(sincos_folder, tmp_path / "model")
     config = tmp_path / "model" / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"patch_size_t": 2}))
-    with pytest.raises(ValueError, match="1.5"):
-        get_recipe("cogvideox", str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="--backbone cogvideox-1.5"):
+        CheckedCogVideoX(str(tmp_path / "model"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,7 +391,7 @@ def test_every_recipe_is_a_run_of_the_method(name):
     assert maxdiff(x, levels[-1].alpha * video) < (1e-5 if levels[-1].sigma == 0 else 5 * levels[-1].sigma)
 
 
-WINDOWS = {"opensora-plan": 12, "wan": 11, "videocrafter2": 13, "tiny-unet": 7}
+WINDOWS = {"cogvideox-1.5": 11, "opensora-plan": 12, "wan": 11, "videocrafter2": 13, "tiny-unet": 7}
 
 
 @pytest.mark.parametrize("name", RECIPES)

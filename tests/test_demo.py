@@ -47,7 +47,7 @@ def test_help_names_everything_and_imports_no_torch(tmp_path):
     wide = os.environ | {"COLUMNS": "1000"}  # no line breaks inside names
     done = subprocess.run(command, cwd=tmp_path, env=wide, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    assert {*RECIPES, *METHODS, *ABLATIONS, "structured-prompt"} <= set(re.findall(r"[\w-]+", done.stdout))
+    assert {*RECIPES, *METHODS, *ABLATIONS, "structured-prompt"} <= set(re.findall(r"[\w-]+(?:\.\d)?", done.stdout))
     assert "no_such_option" in done.stderr and "Traceback" not in done.stderr
 
 

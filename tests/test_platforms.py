@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call, frames_of, needs_fork, refusal
+from helpers import call, frames_of, needs_fork, refusal, settled
 
 import backbones
 from extras import devices, runs
@@ -82,7 +82,7 @@ def test_a_mac_pools_on_the_cpu_and_frees_its_memory(base, monkeypatch):
             result = super().__torch_function__(function, types, args, kwargs or {})
             return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
 
-    plan = O.plan_run(demo_args(*base))
+    plan = O.plan_run(settled(*base))
     x0 = torch.randn(9, 4, 2, 4).as_subclass(OnMPS)
     [method] = plan.methods.values()
     monkeypatch.setattr(
@@ -97,12 +97,6 @@ def test_a_mac_pools_on_the_cpu_and_frees_its_memory(base, monkeypatch):
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: freed.append(1))
     backbones.free_memory()
     assert freed
-
-
-def demo_args(*words):
-    import demo
-
-    return settled(*words)
 
 
 def test_without_proc_the_benchmark_says_so(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ counts: those frames were denoised with cleaner ones before them. At the head th
 that have left already, the context.
 
 Written from the authors' code (github.com/jjihwan/FIFO-Diffusion_public); [ours] marks what is not
-from there. The model must take a timestep per frame.
+from there. The model must take a timestep per frame. CogVideoX-1.5 cannot: frames share tokens.
 
     step     of the noise schedule, one per position in the queue; turn: one move of the whole queue
     position in the queue with its context: 0, 1, ..., context + S - 1
@@ -48,7 +48,7 @@ class Fifo:
 
     def check(self, plan: Plan) -> None:
         if not plan.recipe.backbone.frame_timesteps:
-            raise ValueError("fifo needs a model that takes a timestep per frame, which this backbone does not.")
+            raise ValueError("fifo needs a timestep per latent frame, and this backbone's network takes one per clip.")
         queue_windows(plan.recipe.num_inference_steps, plan.recipe.window, self)
 
     def steps(self, plan: Plan) -> int:

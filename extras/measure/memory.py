@@ -23,6 +23,7 @@ import syncos as S
 from backbones import Backbone, Recipe
 from extras.models import RECIPES
 from extras.models.checked import CheckedCogVideoX
+from extras.models.cogvideox15 import CogVideoX15
 from extras.models.wan import Wan
 
 T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
@@ -171,10 +172,12 @@ def make_videocrafter2(recipe: Recipe, parts: Sequence[str]) -> object:
         return Parts.make(lambda name: make[name](), parts)
 
 
+FIVE_B = dict(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True)
 MAKE = {
     "cogvideox": make_cogvideox,
-    "cogvideox-5b": partial(
-        make_cogvideox, num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True
+    "cogvideox-5b": partial(make_cogvideox, **FIVE_B),
+    "cogvideox-1.5": partial(
+        make_cogvideox, **FIVE_B, sample_height=96, sample_width=170, patch_size_t=2, patch_bias=False
     ),
     "opensora-plan": make_opensora_plan,
     "wan": make_wan,
@@ -188,6 +191,7 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
     configs = dict(max_text_seq_length=226), recipe.scheduler
     with (
         patch.object(CheckedCogVideoX, "read_configs", return_value=configs),
+        patch.object(CogVideoX15, "read_configs", return_value=configs),
         patch.object(Wan, "inspect", return_value=dict(scheduler=recipe.scheduler)),
     ):
         backbone = recipe.backbone(

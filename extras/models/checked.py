@@ -39,7 +39,9 @@ class Checked(Backbone):
     @staticmethod
     def resize(recipe: Recipe, height: int, width: int, frames: int) -> Recipe:
         """The recipe for base clips of another size (pixels, video frames). Raises ValueError."""
-        raise ValueError("This backbone's models have one size; leave out --height, --width and --window_frames.")
+        _, H, W = recipe.latent
+        size = f"{8 * W} x {8 * H} pixels and {recipe.frames_per_latent * (recipe.window - 1) + 1} frames"
+        raise ValueError(f"This model makes clips of {size} only; leave out --height, --width and --window_frames.")
 
     def load_parts(self, *parts: str) -> Any:
         try:
@@ -85,8 +87,10 @@ def check_channels(model: str, config: Mapping) -> None:
 
 
 class CheckedCogVideoX(Checked, CogVideoX):
-    """Refuses 1.5, image-to-video models, another scheduler, and what `load_network` refuses.
-    Decodes piece by piece."""
+    """Refuses 1.5 (see cogvideox15.py), image-to-video models, another scheduler, and what
+    `load_network` refuses. Decodes piece by piece."""
+
+    pairs = False  # does a token hold two latent frames?
 
     @classmethod
     def read_configs(cls, model: str) -> tuple[Mapping, Mapping]:
@@ -96,11 +100,9 @@ class CheckedCogVideoX(Checked, CogVideoX):
             raise ValueError(
                 f"{model} is not a CogVideoX pipeline: neither a folder with one nor a model of the hub within reach."
             ) from error
-        if transformer.get("patch_size_t"):
-            raise ValueError(
-                f"{model} is a CogVideoX-1.5 (patch_size_t = {transformer['patch_size_t']}), which packs latent frames "
-                "in pairs; that is not supported, use CogVideoX 2B or 5B."
-            )
+        if (pairs := bool(transformer.get("patch_size_t"))) != cls.pairs:
+            kind, name = ("CogVideoX-1.5", "cogvideox-1.5") if pairs else ("CogVideoX 2B or 5B", "cogvideox")
+            raise ValueError(f"{model} is a {kind}; use --backbone {name} for it.")
         check_channels(model, transformer)
         return transformer, scheduler
 
