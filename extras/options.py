@@ -32,6 +32,7 @@ def plan_run(args: argparse.Namespace) -> runs.Run:
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
     recipe = choose_recipe(args)
+    V.check_rate(args.output_path, recipe.fps)
     device, dtype = choose_device(args, recipe)
     methods = choose_methods(args, recipe.settings)
     story = choose_story(args, recipe.scenario)
@@ -144,6 +145,7 @@ def state_file(args: argparse.Namespace) -> Path:
 def read_latents(args: argparse.Namespace) -> tuple[Recipe, dict[str, Tensor], dict[str, Any]]:
     """What --decode names: its backbone's recipe, latents and the rest of `describe_video`."""
     latents, about = V.read_tensors(args.decode, "latents")
+    V.check_rate(args.output_path, args.fps or about["fps"])
     return get_recipe(about["backbone"], args.model or about["model"]), latents, about
 
 
