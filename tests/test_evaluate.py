@@ -126,11 +126,7 @@ def test_a_gif_too_fast_for_its_format_is_refused(tmp_path, capsys):
 
 def test_captions_break_where_the_script_does():
     assert wrap("A red fox runs  in\nthe snow.", 10) == ["A red fox", "runs in", "the snow."]
-    assert wrap("\u4e00\u53ea\u7ea2\u8272\u7684\u72d0\u72f8\u3002", 8) == [
-        "\u4e00\u53ea\u7ea2\u8272",
-        "\u7684\u72d0",
-        "\u72f8\u3002",
-    ]
+    assert wrap("\u72d0\u72f8\u3002", 5) == ["\u72d0", "\u72f8\u3002"]  # a full stop does not begin a line
     assert wrap("a " + 25 * "b", 10) == ["a", 10 * "b", 10 * "b", 5 * "b"]
     assert wrap(40 * "\u72d0", 12, 2) == [6 * "\u72d0", 4 * "\u72d0" + " ..."] and wrap("", 9) == [""]
 
