@@ -54,6 +54,7 @@ def plan_run(args: argparse.Namespace) -> runs.Run:
             raise ValueError(f"--{name} must be a number from {low} to {high}, got {value}.")
     device, dtype = choose_device(args, get_recipe(args.backbone))  # before anything of another model is downloaded
     recipe = choose_recipe(args)
+    V.check_rate(args.output_path, recipe.fps)
     methods = choose_methods(args, recipe.settings)
     story = choose_story(args, recipe.scenario)
     if "structured-prompt" in args.ablate and not story.global_prompt:
@@ -216,6 +217,7 @@ def read_latents(args: argparse.Namespace) -> tuple[Recipe, dict[str, Tensor], d
     if several_processes():
         raise ValueError("--decode needs one process; start it without torchrun.")
     latents, about = V.read_tensors(args.decode, "latents")
+    V.check_rate(args.output_path, args.fps or about["fps"])
     choose_device(args, get_recipe(about["backbone"]))  # before anything of another model is downloaded
     recipe = get_recipe(about["backbone"], args.model or about["model"])
     if channels := {x.shape[1] for x in latents.values()} - {recipe.latent[0]}:

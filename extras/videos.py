@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
-from textwrap import wrap
 from typing import Any
 from uuid import uuid4
 
@@ -98,6 +97,12 @@ def check_distinct(files: dict[str, Path]) -> None:
             raise ValueError(f"{path} would be both {other} and {what}; give one of them another name.")
 
 
+def check_rate(path: Path, fps: float) -> None:
+    """Raise ValueError if a GIF, which counts hundredths of a second, cannot be that fast."""
+    if path.suffix.lower() == ".gif" and fps > 50:
+        raise ValueError(f"A GIF shows at most 50 frames per second, not {fps:g}: lower --fps or write an .mp4.")
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 
@@ -158,7 +163,8 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
-    """Frames of a video file, without repeats where the rate varies, and its frame rate.
+    """Frames of a video file, without repeats where the rate varies, and its frame rate; 10, as in
+    browsers, for a GIF that states none.
 
     Raises ValueError if it has no frames, or is a WebP, which stores equal frames once.
     """
@@ -170,11 +176,34 @@ def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
     try:
         reader = imageio.get_reader(path, **options)
         meta = reader.get_meta_data()
-        fps = meta.get("fps") or 1000 / meta["duration"]  # gif: milliseconds per frame
+        fps = meta.get("fps") or 1000 / (meta.get("duration") or 100)  # gif: milliseconds per frame
         first = reader.get_data(0)
     except Exception as error:  # any error of the decoder
         raise ValueError(f"{path} cannot be read as a video ({type(error).__name__}).") from error
     return (np.asarray(frame)[:, :, :3] for frame in chain([first], islice(reader.iter_data(), 1, None))), fps
+
+
+def count_frames(path: Path) -> int:
+    """Number of frames that `read_frames` gives. Raises ValueError if the file is damaged or gives
+    less than its header promises."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    frames, _ = read_frames(path)  # raises ValueError if there are none
+    frames.close()
+    decode = ["-map", "0:v:0", "-fps_mode", "passthrough", "-f", "null", "-progress", "-", "-nostats", "-"]
+    options = dict(capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    run = subprocess.run([get_ffmpeg_exe(), "-v", "error", "-i", str(path), *decode], **options)
+    count = int(re.findall(r"^frame=(\d+)", run.stdout, re.MULTILINE)[-1]) if "frame=" in run.stdout else 0
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        cut = path.suffix.lower() == ".gif" and file.read() != b";"  # how every GIF ends
+    if cut or run.returncode or run.stderr.strip():
+        reason = (run.stderr.strip().splitlines() or ["its end is missing"])[0].split("] ")[-1].rstrip(".")
+        raise ValueError(
+            f"{path} is damaged or cut short after {count} frames ({reason}); make it again, or save what is left "
+            "as a new file."
+        )
+    return count
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: str = "") -> None:
@@ -348,13 +377,38 @@ def caption_strip(width: int, names: list[str], text: str, lines: int) -> np.nda
     return np.asarray(strip)
 
 
+WIDE = (
+    "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6\U00020000-\U0003fffd"
+)
+CLOSING = "\u3001\u3002\u300d\u300f\uff01\uff09\uff0c\uff1a\uff1b\uff1f"  # does not begin a line
+
+
+def wrap(text: str, columns: int, most: int | None = None) -> list[str]:
+    """Lines of a text, `most` at most. They break at spaces and between letters of scripts without
+    spaces, such as Chinese, which take two columns each."""
+    size = lambda part: sum(1 + bool(re.match(f"[{WIDE}]", letter)) for letter in part)  # noqa: E731
+    lines = [""]
+    for part in re.findall(f" ?(?:[{WIDE}][{CLOSING}]*|[^ {WIDE}]+)", " ".join(text.split())):
+        if size(lines[-1] + part) > columns:
+            part = part.lstrip()
+            lines += [""] if lines[-1] else []
+        for letter in [part] if size(part) <= columns else part:  # a word longer than a line
+            lines += [""] if size(lines[-1] + letter) > columns and lines[-1] else []
+            lines[-1] += letter
+    if most and len(lines) > most:
+        while size(lines[most - 1]) > columns - 4:
+            lines[most - 1] = lines[most - 1][:-1]
+        lines = [*lines[: most - 1], lines[most - 1].rstrip() + " ..."]
+    return lines
+
+
 def caption_size(width: int) -> int:
     """Font size for pictures of this width."""
     return min(max(width // 18, 12), 22)
 
 
 def caption_lines(width: int, pictures: int, text: str) -> list[str]:
-    return wrap(text, int(1.8 * width / caption_size(width // pictures)), max_lines=3, placeholder=" ...")
+    return wrap(text, int(1.8 * width / caption_size(width // pictures)), 3)
 
 
 def write_story(

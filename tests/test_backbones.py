@@ -18,7 +18,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from helpers import PROMPT, ROOT, call, frames_of, make_tokenizer, maxdiff, randn, rng
 
 from backbones import COGVIDEOX_2B, Backbone, CogVideoX, Recipe
-from extras.models import RECIPES, get_recipe
+from extras.models import RECIPES, checked, get_recipe
 from extras.models.checked import Checked, CheckedCogVideoX
 from extras.models.tiny import TINY
 from extras.models.videocrafter2 import VideoCrafter2
@@ -293,21 +293,15 @@ def test_positions_matter(rotary_folder):
         assert maxdiff(backbone.predict_x0(x, 599, [PROMPT]), right) > 1e-3
 
 
-def test_the_decoder_comes_to_the_device_for_every_piece(sincos_folder, monkeypatch):
-    """Under offload by model, although its decoder's forward is replaced while it streams."""
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("tiling", [False, True])
+def test_decoding_in_chunks_equals_one_go(sincos_folder, frames, tiling, monkeypatch):
+    """Also under offload, where the decoder comes to the device for every chunk."""
     moved, pre_forward = [], accelerate.hooks.CpuOffload.pre_forward
     spy = lambda hook, model, *args, **options: moved.append(model) or pre_forward(hook, model, *args, **options)  # noqa: E731
     monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", spy)
-    backbone = CheckedCogVideoX(sincos_folder, offload="model")
-    backbone.load(decoder_only=True)
-    assert len(list(backbone.decode(randn(5, 4, 2, 4)))) == 17
-    assert moved == [backbone.pipe.vae] * 2
-
-
-@pytest.mark.parametrize("frames", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("tiling", [False, True])
-def test_streamed_decoding_equals_one_go(sincos_folder, frames, tiling):
-    backbone = CheckedCogVideoX(sincos_folder, tiling=tiling)
+    monkeypatch.setattr(checked, "CHUNK", 2)
+    backbone = CheckedCogVideoX(sincos_folder, tiling=tiling, offload="model")
     backbone.load(decoder_only=True)
     pipe = CogVideoXPipeline.from_pretrained(sincos_folder, dtype=torch.float32)
     assert backbone.pipe.transformer is None and backbone.pipe.text_encoder is None
@@ -317,16 +311,16 @@ def test_streamed_decoding_equals_one_go(sincos_folder, frames, tiling):
     with torch.no_grad():
         whole = pipe.decode_latents(latents[None])[0]
     whole = (whole / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).numpy()
-    streamed = np.stack(list(backbone.decode(latents)))
-    assert streamed.shape == whole.shape
-    assert np.abs(streamed.astype(int) - whole).max() <= 1  # float32 rounding at a uint8 border
+    ours = np.stack(list(backbone.decode(latents)))
+    assert ours.shape == whole.shape and moved == [backbone.pipe.vae] * max(frames // 2, 1)
+    assert np.abs(ours.astype(int) - whole).max() <= 1  # float32 rounding at a uint8 border
     if frames % 2:
-        assert len(streamed) == 4 * (frames - 1) + 1
+        assert len(ours) == 4 * (frames - 1) + 1
 
 
-def test_decoding_is_in_small_pieces_and_two_videos_can_take_turns(sincos_folder):
-    """No call of the decoder sees more than three latent frames, whatever the
-    length, and nothing is decoded ahead."""
+def test_decoding_is_in_chunks_and_two_videos_can_take_turns(sincos_folder, monkeypatch):
+    """Nothing is decoded ahead of its chunk, and each video has its own caches."""
+    monkeypatch.setattr(checked, "CHUNK", 2)
     backbone, seen = CheckedCogVideoX(sincos_folder), []
     backbone.load(decoder_only=True)
     decoder, forward = backbone.pipe.vae.decoder, backbone.pipe.vae.decoder.forward

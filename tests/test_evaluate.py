@@ -2,6 +2,7 @@
 whole script on small networks."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from helpers import make_tokenizer, randn
+from helpers import call, make_tokenizer, randn, refusal
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from extras.videos import write_tensors
+from extras.ports.loading import LFS
+from extras.videos import count_frames, wrap, write_tensors
 from syncos import make_windows
 
 for package in ("scenedetect", "cv2", "matplotlib"):
@@ -56,6 +59,96 @@ def test_seams_are_where_windows_begin_and_end():
     assert E.seam_ratio(differences, joins) == 3
     assert E.seam_ratio([1.0] * 80, joins) == 1 and E.seam_ratio([0.0] * 80, joins) == 1
     assert E.seam_ratio([1.0, 2.0], []) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# bad input
+
+
+def refused(capsys, *words) -> str:
+    """The line with which `evaluate` refuses these words."""
+    with pytest.raises(SystemExit) as stop:
+        E.main([str(word) for word in words])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_networks_load_completely_or_not_at_all(videos, networks, tmp_path, capsys):
+    """Renamed keys would be random weights; a pointer or a cut file are no weights either."""
+    words = [videos / "still.mp4", "--story", videos / "story.json", "--device", "cpu"]
+    for name in ("dino", "clip"):
+        for fault in ("renamed", "pointer", "cut"):
+            folder = tmp_path / f"{name}-{fault}"
+            shutil.copytree(networks / name, folder)
+            file = folder / "model.safetensors"
+            if fault == "renamed":
+                save_file({f"net.{k}": v for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
+            else:
+                file.write_bytes(LFS + b"/spec/v1" if fault == "pointer" else file.read_bytes()[:-100])
+            paths = {"dino": networks / "dino", "clip": networks / "clip"} | {name: folder}
+            line = refused(capsys, *words, "--dino", paths["dino"], "--clip", paths["clip"], "--no_extras")
+            assert (
+                str(folder) in line and dict(renamed="missing key", pointer="git lfs", cut="Cannot load")[fault] in line
+            )
+    torch.save(dict(weight=randn(1, 9), bias=randn(1)), tmp_path / "head.pth")
+    load = lambda *args: E.load_aesthetic(*args, clip=str(networks / "clip"))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="mismatched key, first weight"):
+        patch.setattr(E, "EXTRAS", {"aesthetic quality": load})
+        E.load_extras({"aesthetic quality": str(tmp_path / "head.pth")}, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "gif"])
+def test_a_video_cut_short_is_refused(kind, tmp_path):
+    options = dict(duration=125) if kind == "gif" else dict(fps=8, macro_block_size=2)
+    if kind == "mp4":
+        options["output_params"] = ["-movflags", "+faststart"]  # the header comes first and promises all frames
+    frames = np.random.default_rng(0).integers(0, 255, (21, 64, 96, 3), np.uint8)
+    imageio.mimwrite(path := tmp_path / f"whole.{kind}", frames, **options)
+    assert count_frames(path) == 21
+    (cut := tmp_path / f"cut.{kind}").write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    with pytest.raises(ValueError, match=r"cut short after \d+ frames"):
+        count_frames(cut)
+
+
+def test_a_gif_without_delays_has_browsers_rate(tmp_path):
+    imageio.mimwrite(tmp_path / "a.gif", randn(5, 16, 16, 3).mul(99).byte().numpy(), duration=0)
+    assert E.read_frames(tmp_path / "a.gif")[1] == 10
+
+
+def test_a_gif_too_fast_for_its_format_is_refused(tmp_path, capsys):
+    for fps, fits in ((50, True), (51, False)):
+        words = ("--plan", "--fps", fps, "--output_path", tmp_path / "a.gif")
+        if fits:
+            call(*words)
+        else:
+            assert "at most 50" in refusal(capsys, *words)
+
+
+def test_captions_break_where_the_script_does():
+    assert wrap("A red fox runs  in\nthe snow.", 10) == ["A red fox", "runs in", "the snow."]
+    assert wrap("\u72d0\u72f8\u3002", 5) == ["\u72d0", "\u72f8\u3002"]  # a full stop does not begin a line
+    assert wrap("a " + 25 * "b", 10) == ["a", 10 * "b", 10 * "b", 5 * "b"]
+    assert wrap(40 * "\u72d0", 12, 2) == [6 * "\u72d0", 4 * "\u72d0" + " ..."] and wrap("", 9) == [""]
+
+
+@pytest.mark.parametrize("package", ["cv2", "scenedetect", "matplotlib"])
+def test_a_missing_package_is_named_before_anything_is_loaded(package, videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(E, "Networks", lambda *_: pytest.fail("loaded"))
+    words = [videos / "still.mp4", "--story", videos / "story.json", "--device", "cpu"]
+    line = refused(capsys, *(["--trajectories", tmp_path / "a.safetensors"] if package == "matplotlib" else words))
+    assert package in line and "extras/requirements.txt" in line
+
+
+def test_scores_are_json_without_infinity(videos, networks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(E, "seam_ratio", lambda *_: float("inf"))
+    evaluate(videos, networks, "still", "--no_extras", "--output_path", tmp_path / "scores.json")
+    assert json.loads((tmp_path / "scores.json").read_text())["seam ratio"] is None
+    assert "infinite" in capsys.readouterr().out
+    monkeypatch.setattr(E, "consistency", lambda *_: float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        evaluate(videos, networks, "still", "--no_extras", "--output_path", tmp_path / "nan.json")
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err and not (tmp_path / "nan.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------

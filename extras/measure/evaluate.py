@@ -37,22 +37,34 @@ memory grows only by their features.
 """
 
 import argparse
+import importlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import CLIPModel, ViTModel
 
 import prompts as P
 from extras.devices import missing_device
-from extras.videos import check_output, open_streams, read_frames, read_tensors
+from extras.ports.loading import (
+    check_pointers,
+    fill,
+    first_line,
+    load_network,
+    load_tokenizer,
+    read_checkpoint,
+)  # fmt: skip
+from extras.videos import check_output, count_frames, open_streams, read_frames, read_tensors
 from syncos import make_windows
 
 DINO, CLIP, LARGE_CLIP = "facebook/dino-vitb16", "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
@@ -87,10 +99,10 @@ def fidelity(features: Tensor, text: Tensor) -> float:
 def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
     """Mean frame difference at the joins divided by the median elsewhere. differences[i]
     is between frames i and i + 1; a join is the number of the first frame after it. 1 if
-    there are no joins or nothing moves."""
+    there are no joins or nothing moves, infinite if nothing else moves."""
     before = {join - 1 for join in joins}
     there = [d for i, d in enumerate(differences) if i in before]
-    usual = statistics.median([d for i, d in enumerate(differences) if i not in before])
+    usual = statistics.median([d for i, d in enumerate(differences) if i not in before] or [0.0])
     if not any(there) and (not there or usual == 0):
         return 1.0
     return statistics.mean(there) / usual if usual else math.inf
@@ -142,19 +154,24 @@ class Watch:
 # The networks
 
 
+def check_packages(*names: str) -> None:
+    """Raises ValueError if one of these packages cannot be imported."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"{name} is missing ({error}): pip install -r extras/requirements.txt") from error
+
+
 class Networks:
     """DINO and CLIP by hub id or folder. Raises ValueError if one cannot be loaded."""
 
     def __init__(self, dino: str = DINO, clip: str = CLIP, device: str = "cpu"):
-        from transformers import AutoTokenizer, CLIPModel, ViTModel
-
         self.device = device
-        try:
-            self.dino = ViTModel.from_pretrained(dino, add_pooling_layer=False).eval().to(device)
-            self.clip = CLIPModel.from_pretrained(clip).eval().to(device)
-            self.tokenizer = AutoTokenizer.from_pretrained(clip)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot load {dino} and {clip}: {str(error).splitlines()[0]}") from error
+        vit = SimpleNamespace(from_pretrained=partial(ViTModel.from_pretrained, add_pooling_layer=False))
+        self.dino = load_network(vit, dino, "", torch.float32).to(device)
+        self.clip = load_network(CLIPModel, clip, "", torch.float32).to(device)
+        self.tokenizer = load_tokenizer(clip, "")
 
     @torch.no_grad()
     def subject(self, frames: Tensor) -> Tensor:
@@ -250,7 +267,7 @@ def load_flow(weights: str | None, device: str) -> DynamicDegree:
 
     raft = raft_large(weights=None if weights else Raft_Large_Weights.C_T_V1)
     if weights:
-        raft.load_state_dict(torch.load(weights, weights_only=True))
+        fill(raft, read_checkpoint(weights), weights)
     raft.eval().to(device)
 
     @torch.no_grad()
@@ -266,16 +283,16 @@ def load_flow(weights: str | None, device: str) -> DynamicDegree:
 
 def load_aesthetic(weights: str | None, device: str, clip: str = LARGE_CLIP) -> MeanScore:
     """Load the scorer. `weights`: a file with the linear head, else LAION's."""
-    from transformers import CLIPModel
-
-    load = torch.load if weights else torch.hub.load_state_dict_from_url
-    head = load(weights or LAION, map_location="cpu", weights_only=True)
-    network = CLIPModel.from_pretrained(clip).eval().to(device)
+    download = torch.hub.load_state_dict_from_url
+    state = read_checkpoint(weights) if weights else download(LAION, map_location="cpu", weights_only=True)
+    network = load_network(CLIPModel, clip, "", torch.float32).to(device)
+    head = torch.nn.Linear(network.config.projection_dim, 1)
+    fill(head, {name: x.float() for name, x in state.items()}, weights or LAION)
 
     @torch.no_grad()
     def score(frames: Tensor) -> Tensor:
         features = F.normalize(clip_features(network, frames.to(device)).cpu(), dim=-1)
-        return F.linear(features, head["weight"].float(), head["bias"].float())
+        return head(features)
 
     return MeanScore(score, 10)
 
@@ -285,6 +302,8 @@ def load_imaging(weights: str | None, device: str) -> MeanScore:
     longer side to at most 512 pixels."""
     import pyiqa
 
+    if weights:
+        check_pointers(Path(weights))
     options = dict(pretrained_model_path=weights) if weights else {}
     musiq = pyiqa.create_metric("musiq-spaq", device=torch.device(device), **options)
 
@@ -302,15 +321,18 @@ EXTRAS = {"dynamic degree": load_flow, "aesthetic quality": load_aesthetic, "ima
 
 
 def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, DynamicDegree | MeanScore]:
-    """Load the EXTRAS that have library and weights; print a line for each of the others."""
+    """Load the EXTRAS that have library and weights; print a line for each of the others. Raises
+    ValueError if weights that are given cannot be loaded."""
     found = {}
     for name, load in EXTRAS.items():
         try:
             found[name] = load(weights.get(name), device)
         except ImportError as error:
             print(f"{name}: left out because {error.name} is missing: pip install pyiqa torchvision")
-        except (OSError, RuntimeError, ValueError) as error:
-            print(f"{name}: left out because its weights cannot be loaded: {str(error).splitlines()[0]}")
+        except Exception as error:  # of many kinds: no connection, damaged files, other keys
+            if weights.get(name):
+                raise ValueError(f"{name}: cannot load {weights[name]}: {first_line(error)}") from error
+            print(f"{name}: left out because its weights cannot be loaded: {first_line(error)}")
     return found
 
 
@@ -327,7 +349,7 @@ def place_story(
     Raises ValueError if the video cannot be read, is too short, or
     has too few windows for the story.
     """
-    count = sum(1 for _ in read_frames(path)[0])
+    count = count_frames(path)
     if count < 2:
         raise ValueError(f"{path} has {count} frame; at least two are needed.")
     latents = (count - 1) // frames_per_latent + 1
@@ -366,6 +388,7 @@ def evaluate(
     subject, background = torch.cat(subject), torch.cat(background)
     whole, *texts = networks.text([story.global_prompt, *story.local_prompts])
     events = [fidelity(background[a:b], text) for (a, b), text in zip(spans, texts)]
+    seams = seam_ratio(watch.differences, window_joins(windows, frames_per_latent))
     return {
         "frames": watch.frames,
         "subject consistency": consistency(subject),
@@ -373,7 +396,7 @@ def evaluate(
         "global fidelity": fidelity(background, whole) if story.global_prompt else None,
         "local fidelity": statistics.mean(events),
         "scenes": watch.scenes,
-        "seam ratio": seam_ratio(watch.differences, window_joins(windows, frames_per_latent)),
+        "seam ratio": seams if math.isfinite(seams) else None,  # JSON has no infinity
         "motion": watch.motion,
         "linear smoothness": watch.smoothness,
         **{name: measure.value for name, measure in extras.items()},
@@ -430,6 +453,8 @@ def plot_trajectories(path: Path, picture: Path) -> None:
 
 def describe(scores: dict) -> str:
     lines = [f"{name:24} {value:.4g}" for name, value in scores.items() if isinstance(value, (int, float))]
+    if scores["seam ratio"] is None:
+        lines.append("seam ratio               infinite: only the joins of windows move")
     curve = scores["drift"]
     far = sorted({min(d, len(curve)) for d in (1, 8, 32, 128, len(curve))})
     return "\n".join([*lines, "drift                    " + ", ".join(f"{curve[d - 1]:.3f} at {d}" for d in far)])
@@ -458,6 +483,7 @@ def main(argv: list[str] | None = None) -> None:
     open_streams()
     try:
         if args.trajectories:
+            check_packages("matplotlib")
             path = args.output_path or args.trajectories.with_suffix(".png")
             check_output(path, (".png",))
             plot_trajectories(args.trajectories, path)
@@ -472,18 +498,21 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(missing)
         if min(args.batch, args.window, args.stride, args.frames_per_latent) < 1:
             raise ValueError("--batch, --window, --stride and --frames_per_latent must be at least 1.")
+        check_packages("cv2", "scenedetect")
         windows, spans = place_story(args.video, story, args.window, args.stride, args.frames_per_latent)
         for file in filter(None, (args.raft, args.laion, args.musiq)):
             if not Path(file).is_file():
                 raise ValueError(f"The file {file} does not exist.")
         networks = Networks(args.dino, args.clip, args.device)
+        weights = dict(zip(EXTRAS, (args.raft, args.laion, args.musiq)))
+        extras = {} if args.no_extras else load_extras(weights, args.device)
+        scores = evaluate(args.video, story, windows, spans, networks, args.batch, args.frames_per_latent, extras)
+        text = json.dumps(scores, indent=1, allow_nan=False)  # raises ValueError
     except ValueError as error:
-        parser.exit(2, f"evaluate.py: {error}\n")
-    weights = dict(zip(EXTRAS, (args.raft, args.laion, args.musiq)))
-    extras = {} if args.no_extras else load_extras(weights, args.device)
-    scores = evaluate(args.video, story, windows, spans, networks, args.batch, args.frames_per_latent, extras)
+        reason = "A measure is not finite; weights of a network are damaged." if "compliant" in str(error) else error
+        parser.exit(2, f"evaluate.py: {reason}\n")
     print(describe(scores))
-    path.write_text(json.dumps(scores, indent=1) + "\n")
+    path.write_text(text + "\n")
     print(f"Wrote {path}")
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extras.baselines import Method, Plan
-from extras.measure.evaluate import Watch, consistency, seam_ratio, window_joins
+from extras.measure.evaluate import Watch, check_packages, consistency, seam_ratio, window_joins
 from extras.methods import METHODS, SynCoS
 from extras.models import RECIPES, get_recipe
 from extras.tiny import world as W
@@ -228,6 +228,10 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     if recipe.stride != model.recipe.stride:
         key += f" stride {recipe.stride}"
     if key not in done:
+        try:
+            check_packages("cv2", "scenedetect")
+        except ValueError as error:
+            raise SystemExit(f"reproduce.py: {error}") from None
         backbone.encode(plan.texts)
         backbone.set_levels(plan.levels)
         generator = torch.Generator().manual_seed(seed)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from typing import Any
 
 import diffusers as D
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 import transformers as T
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from backbones import Backbone, CogVideoX, OpenSoraPlan, Recipe, to_uint8
+
+CHUNK = 48  # latent frames that CogVideoX's VAE decodes in one call, 192 video frames
 
 
 class Checked(Backbone):
@@ -88,7 +92,7 @@ def check_channels(model: str, config: Mapping) -> None:
 
 class CheckedCogVideoX(Checked, CogVideoX):
     """Refuses 1.5 (see cogvideox15.py), image-to-video models, another scheduler, and what
-    `load_network` refuses. Decodes piece by piece."""
+    `load_network` refuses. Decodes long videos in flat memory."""
 
     pairs = False  # does a token hold two latent frames?
 
@@ -126,26 +130,38 @@ class CheckedCogVideoX(Checked, CogVideoX):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents F x C x H x W as 4(F - 1) + 1 video frames (F odd). Memory does not grow with F:
-        the VAE gets the pieces that its own `decode` makes (2 latent frames, the first time 3), and
-        the caches of its causal convolutions carry over. Equal to one go, tiled or not."""
-        vae, caches = self.pipe.vae, []  # one cache per tile, in their order
-        z = latents.transpose(0, 1)[None].to(self.device, self.dtype) / vae.config.scaling_factor  # 1 C F H W
-        F, n, forward = len(latents), vae.num_latent_frames_batch_size, vae.decoder.forward
-        first = min(n + F % n, F)
-        for piece in z.split([first] + [n] * ((F - first) // n), dim=2):
+        """Latents F x C x H x W as 4(F - 1) + 1 video frames (F odd). A video longer than CHUNK is
+        decoded in several calls of the VAE, so memory does not grow with F. The caches of its
+        causal convolutions carry over (those of all tiles would fill a GPU, so they wait on the
+        CPU): frames equal those of one call."""
+        vae, caches = self.pipe.vae, {}  # one cache per tile
+        park = Tensor.cpu if vae.use_tiling else lambda x: x
+        n, F, forward = vae.num_latent_frames_batch_size, len(latents), vae.decoder.forward
+        first = CHUNK + F % n
+        if F <= first:
+            yield from super().decode(latents)
+            return
+        z = latents.transpose(0, 1)[None]  # 1 C F H W
+        for part in (z[:, :, :first], *z[:, :, first:].split(CHUNK, dim=2)):
+            calls, pieces = count(), part.shape[2] // n  # the VAE decodes a tile's pieces, then the next tile's
 
-            def resume(sample, conv_cache=None, fresh=not caches):
-                frames, cache = forward(sample, conv_cache=None if fresh else caches.pop(0))
-                caches.append(cache)
-                return frames, cache
+            def resume(sample, conv_cache=None, calls=calls, pieces=pieces):
+                tile, piece = divmod(next(calls), pieces)
+                if piece == 0 and tile in caches:
+                    conv_cache = tree_map_only(Tensor, lambda x: x.to(self.device), caches[tile])
+                frames, conv_cache = forward(sample, conv_cache=conv_cache)
+                if piece == pieces - 1:
+                    caches[tile] = tree_map_only(Tensor, park, conv_cache)
+                return frames, conv_cache
 
             vae.decoder.forward = resume
             try:
-                video = vae.decode(piece, return_dict=False)[0]  # 1 3 n H W
+                part = part.to(self.device, self.dtype) / vae.config.scaling_factor
+                video = vae.decode(part, return_dict=False)[0][0].split(8, dim=1)  # 3 8 H W
+                video = [to_uint8(frames) for frames in video]  # on the CPU before the next part needs the memory
             finally:
                 vae.decoder.forward = forward
-            yield from to_uint8(video[0])
+            yield from chain(*video)
 
     def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
         vae = self.pipe.vae
