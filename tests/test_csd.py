@@ -87,7 +87,7 @@ def test_demo(base, tmp_path, capsys):
 def test_resumes_from_disk(method, any_method, tmp_path):
     args = settled(*any_method, "--num_frames", 41, "--method", method)
     run, path = options.plan_run(args), tmp_path / "state.safetensors"
-    backbone = run.plan.recipe.backbone(run.plan.recipe.model, run.device, run.dtype, run.plan.recipe.guidance_scale)
+    backbone = run.plan.recipe.make(run.device, run.dtype)
     backbone.encode(run.plan.texts)
     backbone.load()
 

@@ -17,10 +17,6 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_readme_is_read_in_three_minutes():
-    assert len(README.splitlines()) <= 120
-
-
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
@@ -45,7 +41,7 @@ def test_the_snippet_runs_and_is_the_backbone(tmp_path, monkeypatch):
     pipe.register_modules(transformer=randomize(CogVideoXTransformer3DModel.from_config(small)))
     pipe.save_pretrained(tmp_path)
     recipe = get_recipe("cogvideox", str(tmp_path))
-    backbone = recipe.backbone(recipe.model)
+    backbone = recipe.make()
     plan = Plan(recipe, ("A red fox in deep snow. It runs.", "A red fox in deep snow. It jumps."))
     backbone.encode(plan.texts)
     backbone.load()

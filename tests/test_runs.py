@@ -39,7 +39,7 @@ def prepared(base):
     """A small run and its backbone: 4 steps, 2 of them refined; 24 model evaluations."""
     args = settled(*base)
     run = options.plan_run(args)
-    backbone = run.plan.recipe.backbone(run.plan.recipe.model, run.device, run.dtype, run.plan.recipe.guidance_scale)
+    backbone = run.plan.recipe.make(run.device, run.dtype)
     backbone.encode(run.plan.texts)
     backbone.load()
     return run, backbone

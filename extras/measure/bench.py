@@ -185,7 +185,7 @@ def cost_of_sampling(frames: int) -> tuple[float, float]:
 
 
 def cost_of_decoding(frames: int) -> tuple[float, float]:
-    backbone = TINY.backbone(TINY.model, DEVICE)
+    backbone = TINY.make(DEVICE)
     backbone.load(decoder_only=True)
     run = lambda frames: [None for _ in backbone.decode(torch.randn(frames, *TINY.latent))]  # noqa: E731
     start = time.perf_counter()
@@ -211,7 +211,7 @@ def length() -> Iterator[tuple[str, str]]:
 
 
 def make_tiny() -> tuple[Plan, Backbone]:
-    plan, backbone = Plan(TINY, ("A star. It jumps.",)), TINY.backbone(TINY.model, DEVICE, guidance_scale=4.0)
+    plan, backbone = Plan(TINY, ("A star. It jumps.",)), TINY.make(DEVICE)
     backbone.encode(plan.texts)
     backbone.load()
     backbone.set_levels(plan.levels)

@@ -36,8 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backbones import Backbone, CogVideoX, Recipe, check_finite, free_memory
-from extras import options, runs
+from extras import options
 from extras import videos as V
+from extras.devices import check_device
+from extras.endings import reason
 from extras.measure.memory import dry_run
 from extras.models import RECIPES, get_recipe
 from extras.models.wan import Wan
@@ -164,7 +166,7 @@ def check(
 ) -> np.ndarray:
     """Fill in the report, phase by phase; return the picture. Raises what a run can raise."""
     meter, memory, seconds = Meter(device), report["memory"], report["seconds"]
-    backbone = recipe.backbone(recipe.model, device, dtype, recipe.guidance_scale, offload, tiling)
+    backbone = recipe.make(device, dtype, offload=offload, tiling=tiling)
     noise = torch.randn(recipe.window, *recipe.latent, generator=torch.Generator().manual_seed(0)).to(dtype).float()
     meter.peak()
     if kind := report["pipeline"]:
@@ -198,7 +200,7 @@ def check(
     del backbone
     free_memory()
     if offload == "none":
-        on_meta = recipe.backbone(recipe.model, "meta", dtype, recipe.guidance_scale, tiling=tiling)
+        on_meta = recipe.make("meta", dtype, tiling=tiling)
         for phase, gib in dry_run(on_meta, recipe, [1], recipe.latent_frames):
             memory[phase]["predicted"] = round(gib, 2)
     return np.concatenate(pictures, axis=1)
@@ -255,8 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--steps must be a number from 1 to 999, got {args.steps}.")
         recipe = get_recipe(args.backbone, args.model)
         device, dtype = options.choose_device(args, recipe)
-        if missing := V.missing_device(device):
-            raise ValueError(missing)
+        check_device(device, dtype)
         prompt = args.prompt or SCENARIOS[recipe.scenario].event_prompts()[0]
         report = new_report(args.backbone, recipe, device, dtype, args)
         try:
@@ -264,12 +265,14 @@ def main(argv: list[str] | None = None) -> None:
             report["verdict"] = judge(report, TOLERANCE[dtype])
             with V.replacing(files[".png"]) as partial:
                 Image.fromarray(picture).save(partial)
-        except runs.TROUBLE as error:
-            report["verdict"] = str(runs.stopped(error))
+        except (Exception, KeyboardInterrupt) as error:
+            if not (why := reason(error)):
+                raise
+            report["verdict"] = why
     except ValueError as error:
         parser.exit(2, f"check.py: {error}\n")
-    files[".txt"].write_text(describe(report) + "\n")
-    files[".json"].write_text(json.dumps(report, indent=1) + "\n")
+    files[".txt"].write_text(describe(report) + "\n", encoding="utf-8")
+    files[".json"].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     V.say(f"{describe(report)}\nWrote {', '.join(str(path) for path in files.values() if path.exists())}")
     sys.exit(0 if report["verdict"].startswith(("PASS", "NOT COMPARED")) else 1)
 

@@ -194,9 +194,7 @@ def full_size(name: str, tiling: bool = False) -> Backbone:
         patch.object(CogVideoX15, "read_configs", return_value=configs),
         patch.object(Wan, "inspect", return_value=dict(scheduler=recipe.scheduler)),
     ):
-        backbone = recipe.backbone(
-            recipe.model, "meta", getattr(torch, recipe.dtype), recipe.guidance_scale, tiling=tiling
-        )
+        backbone = recipe.make("meta", getattr(torch, recipe.dtype), tiling=tiling)
     backbone.load_pipe = lambda *parts: MAKE[name](recipe, parts)
     return backbone
 
