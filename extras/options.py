@@ -23,6 +23,7 @@ from syncos import ABLATIONS, Settings, ablate
 
 DEFAULTS = dict(backbone="tiny", offload="none", global_prompt="", method="syncos", ablate=(), seed=0,
                 output_path=Path("output.mp4"))  # fmt: skip
+DEFAULTS |= dict.fromkeys(("vae_tiling", "list_scenarios", "save_latents", "plan", "compile"), False)
 MODES = {  # options that do something else than sample, and what goes with them
     "list_scenarios": (),
     "decode": ("model", "device", "dtype", "offload", "vae_tiling", "output_path", "captions", "fps"),

@@ -16,7 +16,7 @@ from extras.models.wan import Wan
 def run(folder, backbone, capsys, *words):
     """Exit status, text and JSON of a check."""
     path = folder / "check.png"
-    options = ["--backbone", backbone, "--device", "cpu", "--steps", 3, "--prompt", "it runs", "--output_path", path]
+    options = ["--backbone", backbone, "--device", "cpu", "--steps", 4, "--prompt", "it runs", "--output_path", path]
     with pytest.raises(SystemExit) as stop:
         C.main([str(word) for word in [*options, *words]])
     out = capsys.readouterr()

@@ -38,7 +38,6 @@ from tqdm import tqdm
 from backbones import Backbone, CogVideoX, Recipe, check_finite, free_memory
 from extras import options
 from extras import videos as V
-from extras.devices import check_device
 from extras.endings import reason
 from extras.measure.memory import dry_run
 from extras.models import RECIPES, get_recipe
@@ -247,17 +246,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae_tiling", action="store_true", help="as demo.py")
     parser.add_argument("--output_path", type=Path, default=Path("output.check.png"), help="the picture; the report is "
         "beside it, as .txt and .json (default: output.check.png)")  # fmt: skip
-    parser.set_defaults(compile=False)
+    parser.set_defaults(compile=False, plan=False)
     args = parser.parse_args(argv)
     files = {suffix: args.output_path.with_suffix(suffix) for suffix in (".png", ".txt", ".json")}
     try:
         for path in files.values():
             V.check_output(path, (path.suffix,))
-        if not 1 <= args.steps <= 999:
-            raise ValueError(f"--steps must be a number from 1 to 999, got {args.steps}.")
+        if args.steps < 1 or 1000 % args.steps:  # else diffusers' DDIM takes a previous timestep that is not the list's
+            raise ValueError(f"--steps must divide 1000, like 4, 5, 8 and 10, got {args.steps}.")
         recipe = get_recipe(args.backbone, args.model)
         device, dtype = options.choose_device(args, recipe)
-        check_device(device, dtype)
         prompt = args.prompt or SCENARIOS[recipe.scenario].event_prompts()[0]
         report = new_report(args.backbone, recipe, device, dtype, args)
         try:
