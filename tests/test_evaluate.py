@@ -14,7 +14,7 @@ from helpers import call, make_tokenizer, randn, refusal
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from extras.ports.loading import LFS
+from extras.loading import LFS
 from extras.videos import count_frames, wrap, write_tensors
 from syncos import make_windows
 

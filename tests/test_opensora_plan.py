@@ -10,9 +10,9 @@ from helpers import Attack, call, frames_of, golden, make_golden, make_tokenizer
 from safetensors.torch import load_file
 
 from backbones import OPENSORA_PLAN, OpenSoraPlan
+from extras.loading import load_network
 from extras.models import get_recipe
 from extras.models.checked import CheckedOpenSoraPlan
-from extras.ports.loading import load_network
 from extras.ports.opensora_plan import (
     TRANSFORMER,
     OpenSoraT2V_v1_3,

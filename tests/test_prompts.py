@@ -1,17 +1,14 @@
-"""Stories: parsing, refusals, events over windows, and a language model over real HTTP."""
+"""Stories: parsing, refusals, events over windows, the instruction to a language model."""
 
 import codecs
 import json
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 import prompts as P
-from extras import llm
 from syncos import make_windows
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +30,8 @@ def test_files(tmp_path):
     assert P.load_story(path) == story
     path.write_bytes(b'\xef\xbb\xbf{"global": "A\\nfox.",\r\n "local": ["It  runs."]}\r\n')
     assert P.load_story(path) == P.Story("A fox.", ("It runs.",))
+    path.write_text('{"global": "A cat.", "local": ["It wakes\n and runs."]}')  # JSON as models write it
+    assert P.load_story(path) == P.Story("A cat.", ("It wakes and runs.",))
     path.write_bytes(b"\xff\xfe\x00")
     for name in ("story.json", "none.json"):
         with pytest.raises(ValueError, match=name):
@@ -90,90 +89,6 @@ def test_event_spans_tile_the_video():
 def test_scenarios_cover_the_papers_kinds():
     assert len([n for n in P.SCENARIOS if not n.startswith("tiny-")]) == 8
     assert all(len(story.local_prompts) == 4 for story in P.SCENARIOS.values())
-
-
-def ask(answers, tmp_path) -> list:
-    """Run the program with an OpenAI-compatible chat server that answers so.
-    Returns the requests that it got."""
-    answers, requests = list(answers), []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append((self.path, body))
-            if isinstance(answer := answers.pop(0), int):
-                return self.send_error(answer)
-            answer, end = (answer["cut"], "length") if isinstance(answer, dict) else (answer, "stop")
-            message = dict(index=0, finish_reason=end, message=dict(role="assistant", content=answer))
-            reply = dict(id="1", created=0, model=body["model"], object="chat.completion", system_fingerprint="")
-            reply |= dict(choices=[message] if answer else [])
-            reply |= dict(usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2))
-            data = answer.encode() if str(answer).startswith("<html>") else json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        words = ["A cat's day", "--num_prompts", "3", "--llm", "some-model", "--output", str(tmp_path / "story.json")]
-        try:
-            llm.main([*words, "--base_url", f"http://127.0.0.1:{server.server_port}/v1"])
-        finally:
-            server.shutdown()
-    return requests
-
-
-def test_llm_writes_the_story_that_demo_reads(tmp_path):
-    [(path, body)] = ask([f"Here you are:\n```json\n{GOOD}\n```"], tmp_path)
-    assert path == "/v1/chat/completions" and body["model"] == "some-model"
-    assert "A cat's day" in body["messages"][0]["content"]
-    assert P.load_story(tmp_path / "story.json") == P.parse_story(GOOD)
-
-
-@pytest.mark.parametrize("answer", [
-    f'<think>Form: {{"global": "...", "local": ["..."]}} {{hm}}</think>{GOOD}',
-    f'{{"global": "x", "local": ["y"]}} was my draft. Better:\n{GOOD}\nDo you like {{it}}?',
-    f'{{"story": {GOOD}}}',
-    [dict(type="text", text=GOOD[:20]), dict(type="text", text=GOOD[20:])],
-])  # fmt: skip
-def test_a_story_is_found_whatever_stands_around_it(answer, tmp_path):
-    ask([answer], tmp_path)
-    assert P.load_story(tmp_path / "story.json") == P.parse_story(GOOD)
-
-
-def test_llm_is_asked_once_more_with_what_was_wrong(tmp_path):
-    _, (_, body) = ask(['{"global": "A cat.", "local": ["one"]}', GOOD], tmp_path)
-    assert [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
-    assert "1 local prompts where 3" in body["messages"][2]["content"]
-    assert P.load_story(tmp_path / "story.json") == P.parse_story(GOOD)
-
-
-@pytest.mark.parametrize("answers, keyword", [
-    (["no", "still no"], "JSON"),
-    (["no", '{"global": "", "local": ["a", "b", "c"]}'], "global"),
-    ([404], "404"),
-    ([""], "choices"),
-    (["<html>Log in</html>"], "--base_url"),
-    ([" ", "<think>{}</think>"], "empty"),
-    ([dict(cut=GOOD[:50])], "cut off"),
-])  # fmt: skip
-def test_llm_that_fails_leaves_no_file(answers, keyword, tmp_path):
-    with pytest.raises(SystemExit, match=f"^extras.llm: .*{keyword}"):  # one sentence, status 1
-        ask(answers, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_existing_story_is_not_overwritten(tmp_path, capsys):
-    (tmp_path / "story.json").write_text("mine")
-    with pytest.raises(SystemExit) as end:
-        ask([], tmp_path)
-    assert end.value.code == 2 and "exists" in capsys.readouterr().err
-    assert (tmp_path / "story.json").read_text() == "mine"
 
 
 def test_instruction_is_printed_without_a_model():

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from backbones import CogVideoX, check_finite
 from extras import meeting, runs
 from extras import videos as V
+from extras.loading import load_network
 from extras.models import get_recipe
 from extras.models.checked import Checked, CheckedCogVideoX
 from extras.models.wan import Wan
-from extras.ports.loading import load_network
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"

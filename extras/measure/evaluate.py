@@ -56,7 +56,7 @@ from transformers import CLIPModel, ViTModel
 
 import prompts as P
 from extras.devices import missing_device
-from extras.ports.loading import (
+from extras.loading import (
     check_pointers,
     fill,
     first_line,

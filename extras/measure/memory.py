@@ -124,7 +124,7 @@ def make_cogvideox(recipe: Recipe, parts: Sequence[str], **transformer: object) 
 
 
 def make_opensora_plan(recipe: Recipe, parts: Sequence[str]) -> object:
-    from extras.ports import loading
+    from extras import loading
     from extras.ports import opensora_plan as O
 
     dtype = getattr(torch, recipe.dtype)
@@ -159,8 +159,8 @@ def make_videocrafter2(recipe: Recipe, parts: Sequence[str]) -> object:
     import diffusers as D
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from extras.loading import Parts
     from extras.models import videocrafter2 as V
-    from extras.ports.loading import Parts
 
     make = dict(
         tokenizer=make_tokenizer,

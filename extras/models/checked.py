@@ -118,7 +118,7 @@ class CheckedCogVideoX(Checked, CogVideoX):
         return dict(window=window, latent=latent, scheduler=scheduler)
 
     def load_pipe(self, *parts: str) -> Any:
-        from extras.ports.loading import load_network, load_tokenizer
+        from extras.loading import load_network, load_tokenizer
 
         kinds = dict(text_encoder=T.T5EncoderModel, transformer=D.CogVideoXTransformer3DModel)
         kinds |= dict(vae=D.AutoencoderKLCogVideoX)

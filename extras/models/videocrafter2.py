@@ -235,7 +235,7 @@ def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
     key is missing or does not fit."""
     from accelerate import init_empty_weights
 
-    from extras.ports.loading import check_fit, fill, read_checkpoint
+    from extras.loading import check_fit, fill, read_checkpoint
 
     state = read_checkpoint(path)
     state = state.get("state_dict", state)
@@ -292,7 +292,7 @@ def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Any:
     from diffusers import AutoencoderKL, UNet3DConditionModel
     from transformers import CLIPTextModel
 
-    from extras.ports.loading import Parts, load_network, load_tokenizer
+    from extras.loading import Parts, load_network, load_tokenizer
 
     checkpoint = find_checkpoint(model)
     kinds = dict(unet=UNet3DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)

@@ -86,7 +86,7 @@ class Wan(Checked):
         from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
         from transformers import UMT5EncoderModel
 
-        from extras.ports.loading import load_network, load_tokenizer
+        from extras.loading import load_network, load_tokenizer
 
         kinds = dict(text_encoder=UMT5EncoderModel, transformer=WanTransformer3DModel, vae=AutoencoderKLWan)
         made = dict.fromkeys(kinds)

@@ -23,7 +23,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from transformers import MT5EncoderModel
 
-from extras.ports.loading import Parts, fill, load_network, load_tokenizer, read_checkpoint
+from extras.loading import Parts, fill, load_network, load_tokenizer, read_checkpoint
 
 
 class Ported(ModelMixin, ConfigMixin):
