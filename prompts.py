@@ -1,8 +1,7 @@
 """Structured prompts: a global prompt for what stays, a local one per event for what changes.
 
     python prompts.py "A cat wakes up, hunts a fly and falls asleep again" --num_prompts 3
-        prints the instruction for any chat model (the paper used GPT-4o); save its answer as a
-        JSON file
+        prints the instruction for any chat model (the paper used GPT-4o); save its answer as JSON
     python demo.py --story story.json
 
 `python -m extras.llm` asks a model and writes that file. Needs only the standard library.
