@@ -104,8 +104,10 @@ def check_device(device: str, dtype: torch.dtype) -> None:
 def check_compile(device: str) -> None:
     """Compile a line with torch.compile, which may need a C++ compiler, Python's headers or triton.
     Raises ValueError with the reason if that fails."""
-    config = torch.compiler.config
-    caches, config.force_disable_caches = config.force_disable_caches, True  # another machine may share them
+    config = getattr(torch.compiler, "config", None)
+    caches = getattr(config, "force_disable_caches", None)  # newer torch; another machine may share them
+    if caches is not None:
+        config.force_disable_caches = True
     logging.disable()
     try:
         with warnings.catch_warnings():
@@ -117,6 +119,7 @@ def check_compile(device: str) -> None:
             f"--compile does not work here ({lines[0]}); install what is missing, or leave it out."
         ) from None
     finally:
-        config.force_disable_caches = caches
+        if caches is not None:
+            config.force_disable_caches = caches
         logging.disable(logging.NOTSET)
         torch.compiler.reset()
