@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.utils.logging as diffusers_logging
+import huggingface_hub.errors as H
 import torch
 import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import Tensor, nn
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would download a converted copy of a .bin
-for logging in (diffusers_logging, transformers_logging):  # what they would say in reports and bars, we say in a line
+SHOW_DOWNLOADS = not are_progress_bars_disabled()
+for logging in (diffusers_logging, transformers_logging):  # what they would report, we say in a line
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+if SHOW_DOWNLOADS:  # disabled with the bars of loading; a download of gigabytes needs them
+    enable_progress_bars()
 LFS = b"version https://git-lfs"  # how a Git-LFS pointer begins, which a clone without LFS has in place of a file
 
 
@@ -56,7 +62,7 @@ def load_network(kind: Any, model: str, folder: str, dtype: torch.dtype, strict:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds: no such file, a damaged one, a wrong shape, a missing key
-        raise ValueError(f"Cannot load {name}: {first_line(error)}") from error
+        raise ValueError(f"Cannot load {name}: {hub_failure(error) or first_line(error)}") from error
     wrong = [f"{key} {tuple(shape)}, expected {tuple(own)}" for key, shape, own in info["mismatched_keys"]]
     check_fit(name, info["missing_keys"], info["unexpected_keys"] if strict else [], wrong)
     if unset := [key for key, x in network.state_dict().items() if x.is_meta]:
@@ -75,15 +81,47 @@ def load_tokenizer(model: str, folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, subfolder=folder)
     except OSError as error:
-        raise ValueError(f"Cannot load the tokenizer {name}: {first_line(error)}") from error
+        raise ValueError(f"Cannot load the tokenizer {name}: {hub_failure(error) or first_line(error)}") from error
     except Exception as error:  # whatever a damaged file leads to
-        raise ValueError(f"Cannot load the tokenizer {name}: its files are missing or damaged.") from error
+        why = hub_failure(error) or "its files are missing or damaged."
+        raise ValueError(f"Cannot load the tokenizer {name}: {why}") from error
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something, as one sentence."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(filter(None, lines), type(error).__name__).rstrip(".") + "."
+
+
+def hub_failure(error: BaseException) -> str:
+    """Why the Hugging Face hub did not give a file, in its own words, and what to do: one or two
+    sentences. Empty if `error` and its causes are of another kind."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
+        causes.append(cause)
+    reached = [e for e in causes if isinstance(e, H.HfHubHTTPError)]
+    if any(isinstance(e, H.EntryNotFoundError) for e in reached):
+        return ""  # the model exists: the library's own message names the file that it lacks
+    if reached:
+        status = getattr(reached[0].response, "status_code", "")
+        said = (reached[0].server_message or first_line(reached[0])).splitlines()[0].rstrip(".")
+        if isinstance(reached[0], H.GatedRepoError):
+            return f"{said}. Accept the model's terms on its page, then log in with `hf auth login`."
+        if isinstance(reached[0], H.RepositoryNotFoundError):
+            return f"{said}. Check the name; if the model is private, log in with `hf auth login`."
+        advice = " Log in again with `hf auth login`, or correct HF_TOKEN." if status == 401 else ""
+        return f"{said} (status {status}).{advice}"
+    if any(isinstance(e, H.OfflineModeIsEnabled) for e in causes) or constants.HF_HUB_OFFLINE and is_missing(causes):
+        return "it is not on this machine and HF_HUB_OFFLINE forbids a download; unset it, or download elsewhere first."
+    if is_missing(causes) or any(type(e).__module__.startswith(("httpx", "httpcore")) for e in causes):
+        root = getattr(causes[-1], "strerror", None) or first_line(causes[-1])
+        hub = constants.ENDPOINT.rpartition("@")[2]  # without a password
+        return f"{hub} cannot be reached: {root.rstrip('.')}. Check the connection, the proxy and HF_ENDPOINT."
+    return ""
+
+
+def is_missing(causes: Sequence[BaseException]) -> bool:
+    return any(isinstance(e, H.LocalEntryNotFoundError) for e in causes)
 
 
 def check_pointers(path: Path) -> None:

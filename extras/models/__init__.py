@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backbones import COGVIDEOX_2B, COGVIDEOX_5B, OPENSORA_PLAN, Recipe
-from extras.models.checked import CheckedCogVideoX, CheckedOpenSoraPlan
+from extras.models.checked import CheckedCogVideoX, CheckedOpenSoraPlan, from_hub
 from extras.models.cogvideox15 import COGVIDEOX_15, is_cogvideox15
 from extras.models.tiny import TINY, TINY_UNET
 from extras.models.videocrafter2 import VIDEOCRAFTER2
@@ -40,8 +40,9 @@ def get_recipe(name: str, model: str | None = None) -> Recipe:
     seconds = recipe.seconds if model in (None, recipe.model) else {}
     model = model or recipe.model
     try:
-        if recipe.backbone is CheckedCogVideoX and is_cogvideox15(model):
-            return get_recipe("cogvideox-1.5", model)
-        return replace(recipe, model=model, seconds=seconds, **recipe.backbone.inspect(model))
+        with from_hub(model):
+            if recipe.backbone is CheckedCogVideoX and is_cogvideox15(model):
+                return get_recipe("cogvideox-1.5", model)
+            return replace(recipe, model=model, seconds=seconds, **recipe.backbone.inspect(model))
     except (KeyError, TypeError, AttributeError) as error:  # whatever a configuration file can hold
         raise ValueError(f"{model}: a configuration file is damaged or of another model ({error}).") from error

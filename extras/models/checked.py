@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
 from typing import Any
@@ -18,6 +19,19 @@ from backbones import Backbone, CogVideoX, OpenSoraPlan, Recipe, to_uint8
 CHUNK = 48  # latent frames that CogVideoX's VAE decodes in one call, 192 video frames
 
 
+@contextmanager
+def from_hub(model: str) -> Iterator[None]:
+    """Turn a failure of the hub, or of the way to it, into a ValueError with its reason."""
+    try:
+        yield
+    except Exception as error:  # of many kinds, by library and version
+        from extras.loading import hub_failure
+
+        if reason := hub_failure(error):
+            raise ValueError(f"Cannot load {model} from the Hugging Face hub: {reason}") from error
+        raise
+
+
 class Checked(Backbone):
     """Tells what a model cannot do or does not see, and which of its files are missing or do not
     fit, by ValueError. A base class, before another backbone or alone.
@@ -29,8 +43,9 @@ class Checked(Backbone):
     text_length: int  # tokens that the text encoder reads
     untiled = ""  # which model cannot decode in tiles, and why
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, model: str, *args, **options):
+        with from_hub(model):
+            super().__init__(model, *args, **options)
         if self.tiling and self.untiled:
             raise ValueError(f"{self.untiled} does not need --vae_tiling; leave it out.")
 
@@ -49,7 +64,8 @@ class Checked(Backbone):
 
     def load_parts(self, *parts: str) -> Any:
         try:
-            return super().load_parts(*parts)
+            with from_hub(self.model):
+                return super().load_parts(*parts)
         except OSError as error:
             raise ValueError(f"Cannot load {self.model}: {str(error).splitlines()[0]}") from error
 

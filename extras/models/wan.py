@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backbones import Recipe, to_uint8
-from extras.models.checked import Checked, check_channels
+from extras.models.checked import Checked, check_channels, from_hub
 from syncos import Level, Settings, flow_levels
 
 
@@ -33,7 +33,8 @@ class Wan(Checked):
 
     def __init__(self, model: str, *args, **options):
         super().__init__(model, *args, **options)
-        self.scheduler = self.inspect(model)["scheduler"]
+        with from_hub(model):
+            self.scheduler = self.inspect(model)["scheduler"]
 
     @staticmethod
     def inspect(model: str) -> dict[str, Any]:
