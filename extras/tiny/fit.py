@@ -1,14 +1,16 @@
-"""What both trainings share: clips, words, two weighed losses, one training loop."""
+"""What both trainings share: clips, words, two weighed losses, and the training loop."""
 
 import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -80,15 +82,16 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in alike.items():
                 moved = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                    moved.append(p.grad.lerp(momentum, 0.95).flatten(1))
+                    state = self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
+                    moved.append(p.grad.lerp(state["momentum"].lerp_(p.grad, 0.05), 0.95).flatten(1))
                 x = torch.stack(moved)
                 x = (x.mT if rows > columns else x) / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
                     g = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * g + 2.0315 * g @ g) @ x
+                x = x * (0.2 * max(rows, columns) ** 0.5 * group["lr"])
                 for p, change in zip(params, x.mT if rows > columns else x):
-                    p.add_(change.reshape(p.shape), alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
+                    p.sub_(change.reshape(p.shape))
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -97,51 +100,100 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
+def ahead(make: Callable[[int], Any], indices: Sequence[int], device: torch.device) -> Iterable[Any]:
+    """make(i) for each index. For a GPU, other processes make them ahead of time."""
+    workers = min(8, os.cpu_count() or 1) if device.type == "cuda" and hasattr(os, "fork") else 0
+    context = "fork" if workers else None
+    return DataLoader(indices, None, collate_fn=make, num_workers=workers, multiprocessing_context=context)
+
+
+class Replayed:
+    """A function of GPU tensors as CUDA graphs, one for each shape of its input: a training step of
+    a tiny model is thousands of kernels, which take longer to launch than to run."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]):
+        self.function, self.graphs = function, {}
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        key = tuple(x.shape for x in inputs)
+        if key not in self.graphs:  # the first call runs as it is: it sets up what must not be in the graph
+            self.graphs[key] = None
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return output
+        if self.graphs[key] is None:
+            graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph):
+                output = self.function(*own)
+            self.graphs[key] = graph, own, output
+        graph, own, output = self.graphs[key]
+        for mine, x in zip(own, inputs):
+            mine.copy_(x)
+        graph.replay()
+        return output
+
+
 def fit(
     name: str,
     modules: list[torch.nn.Module],
-    loss_at: Callable[[int], torch.Tensor],
+    batch_at: Callable[[int], tuple[torch.Tensor, ...]],
+    loss_of: Callable[..., torch.Tensor],
     steps: int,
     lr: float,
     work: Path,
     ema: float,
     matrices: Sequence[torch.nn.Parameter] = (),
 ) -> None:
-    """Minimise `loss_at(step)`: Muon for `matrices`, AdamW for the rest, warm-up, cosine decay.
+    """Minimise `loss_of(*batch_at(step))`: Muon for `matrices`, AdamW for the rest, warm-up,
+    cosine decay.
 
-    Leaves the running average of the weights in the modules. Saves its state
-    every two minutes and resumes from it.
+    batch_at makes a step's tensors on the CPU; loss_of gets them on the modules' device, where
+    nothing in it may wait for a result (see `Replayed`). Leaves the running average of the weights
+    in the modules. Saves its state every two minutes and resumes from it.
     """
     params = [p.requires_grad_(True) for m in modules for p in m.parameters()]
     others = [p for p in params if not any(p is q for q in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
-    if matrices:
-        optimizers.append(Muon(list(matrices), lr))
     average = [p.detach().clone() for p in params]
+    device, cuda = params[0].device, params[0].is_cuda
+    rate, change = torch.zeros((), device=device), torch.zeros((), device=device)  # this step's; change: of the average
+    options = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=cuda)
+    optimizers = [torch.optim.AdamW(others, lr=rate, **options)]
+    if matrices:
+        optimizers.append(Muon(list(matrices), rate))
 
     path, start, saved = work / f"{name}.pt", 0, time.time()
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=device)
         start = state["step"]
         for optimizer, kept in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(kept)
+            optimizer.param_groups[0]["lr"] = rate
         for p, a, value, mean in zip(params, average, state["params"], state["average"]):
             p.data.copy_(value), a.copy_(mean)
 
-    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=10)
-    for step in bar:
-        loss = loss_at(step)
+    def update(*batch):
+        loss = loss_of(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
             optimizer.step()
             optimizer.zero_grad()
-        keep = min(ema, (step + 1) / (step + 10))
         for p, a in zip(params, average):
-            a.lerp_(p.detach(), 1 - keep)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            a.lerp_(p.detach(), change)
+        return loss.detach()
+
+    update = Replayed(update) if cuda else update
+    batches = ahead(batch_at, range(start, steps), device)
+    bar = tqdm(batches, desc=name, initial=start, total=steps, mininterval=10)
+    for step, batch in enumerate(bar, start):
+        rate.fill_(lr * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * step / steps)))
+        change.fill_(1 - min(ema, (step + 1) / (step + 10)))
+        loss = update(*(x.to(device) for x in batch))
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if time.time() - saved > 120 or step == steps - 1:
             state = dict(step=step + 1, params=[p.detach() for p in params], average=average)
             torch.save(state | dict(optimizers=[o.state_dict() for o in optimizers]), path.with_suffix(".new"))

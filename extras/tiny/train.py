@@ -111,16 +111,18 @@ def train_vae(vae: AutoencoderKLCogVideoX, steps: int, work: Path) -> None:
     faintly that diffusion never sees it.
     """
 
-    def loss_at(step):
+    def batch_at(step):
         frames, n = (1, 24) if step < 0.2 * steps else (9, 4) if step < 0.6 * steps else (17, 2)
-        _, video, mask = (x.to(vae.device) for x in clips(n, frames, seed=step))
+        return *clips(n, frames, seed=step)[1:], torch.tensor(0.04 * min(1, 2 * step / steps))
+
+    def loss_of(video, mask, kl_weight):
         with mixed_precision(vae.device):
             posterior = vae.encode(video).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         kl = posterior.kl().sum() / posterior.mean.numel()
-        return weighed(decoded - video, mask) + 0.04 * min(1, 2 * step / steps) * kl
+        return weighed(decoded - video, mask) + kl_weight * kl
 
-    fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
+    fit("vae", [vae], batch_at, loss_of, steps, 2e-3, work, ema=0.995)
 
 
 @torch.no_grad()
@@ -148,23 +150,25 @@ def encode_clips(vae: AutoencoderKLCogVideoX, n: int, work: Path) -> tuple[torch
     return latents * vae.config.scaling_factor, state["stories"], state["masks"].float()
 
 
-def error_of_v(
+def noised(
     models: tuple, x: torch.Tensor, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add noise of timesteps t (n) to x (n, F, 8, 8, 8); return the predicted v minus the one that
-    leads to x0, and sigma (n, 1, 1, 1, 1). models: transformer, text encoder, tokenizer, scheduler.
-    """
-    transformer, text_encoder, tokenizer, scheduler = models
-    n, device = len(x), transformer.device
+) -> tuple[torch.Tensor, ...]:
+    """Add noise of timesteps t (n) to x (n, F, 8, 8, 8). Returns it, the v that leads to x0, sigma
+    (n, 1, 1, 1, 1), the captions' tokens (n, TOKENS), and t. models: transformer, text encoder,
+    tokenizer, scheduler."""
+    *_, tokenizer, scheduler = models
     words = omit_words(stories, generator)
     ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-    level = scheduler.alphas_cumprod[t].float().view(n, 1, 1, 1, 1)
+    level = scheduler.alphas_cumprod[t].float().view(len(x), 1, 1, 1, 1)
     alpha, sigma = level.sqrt(), (1 - level).sqrt()
     x = alpha * x + sigma * torch.randn(x.shape, generator=generator)
-    x, target, sigma, ids, t = (y.to(device) for y in (x, (alpha * x - x0) / sigma, sigma, ids, t))
-    with mixed_precision(device):
-        v = transformer(x, text_encoder(ids)[0], t, return_dict=False)[0].float()
-    return v - target, sigma
+    return x, (alpha * x - x0) / sigma, sigma, ids, t
+
+
+def predicted_v(models: tuple, x: torch.Tensor, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    transformer, text_encoder, *_ = models
+    with mixed_precision(transformer.device):
+        return transformer(x, text_encoder(ids)[0], t, return_dict=False)[0].float()
 
 
 def matrices(transformer: CogVideoXTransformer3DModel) -> list[torch.nn.Parameter]:
@@ -182,17 +186,19 @@ def train_transformer(
     """
     latents, stories, masks = data
 
-    def loss_at(step):
+    def batch_at(step):
         done = step / steps
         frames, n = (13, BATCH) if last or done > 0.24 else (3, 3 * BATCH) if done > 0.12 else (1, 8 * BATCH)
         generator = torch.Generator().manual_seed(step)
         pick = torch.multinomial(1.0 + (stories[:, 3] == 2), n, replacement=True, generator=generator)  # jumps: twice
         t = (1000 * torch.rand(n, generator=generator) ** (2 if last or done > 0.67 else 1)).long()
         x0 = latents[pick, :frames]
-        error, _ = error_of_v(models, x0, x0, stories[pick], t, generator)
-        return weighed_square(error, masks[pick, :frames])
+        return *noised(models, x0, x0, stories[pick], t, generator), masks[pick, :frames]
 
-    fit("transformer", list(models[:2]), loss_at, steps, lr, work, 0.998, matrices(models[0]))
+    def loss_of(x, v, sigma, ids, t, cells):
+        return weighed_square(predicted_v(models, x, ids, t) - v, cells)
+
+    fit("transformer", list(models[:2]), batch_at, loss_of, steps, lr, work, 0.998, matrices(models[0]))
 
 
 @torch.no_grad()
@@ -236,40 +242,45 @@ def tune_transformer(
     latents, stories, masks = data
     own_latents, clean, own_stories, _, own_masks = own
 
-    def loss_at(step):
+    def batch_at(step):
         generator = torch.Generator().manual_seed(4 * 10**6 + step)
         pick, mine = (torch.randint(len(x), (BATCH // 2,), generator=generator) for x in (latents, own_latents))
         u = torch.rand(BATCH, generator=generator)
         t = torch.cat([1000 * u[: BATCH // 2] ** 2, 500 * u[BATCH // 2 :]]).long()
         x, x0 = torch.cat([latents[pick], own_latents[mine]]), torch.cat([latents[pick], clean[mine]])
-        error, sigma = error_of_v(models, x, x0, torch.cat([stories[pick], own_stories[mine]]), t, generator)
-        error[BATCH // 2 :] *= sigma[BATCH // 2 :]  # error of x0, because v's diverges as the noise vanishes
-        return weighed_square(error, torch.cat([masks[pick], own_masks[mine]]))
+        told = torch.cat([stories[pick], own_stories[mine]])
+        return *noised(models, x, x0, told, t, generator), torch.cat([masks[pick], own_masks[mine]])
 
-    fit("mending", list(models[:2]), loss_at, steps, 1e-3, work, 0.995, matrices(models[0]))
+    def loss_of(x, v, sigma, ids, t, cells):
+        error = predicted_v(models, x, ids, t) - v
+        own = sigma[BATCH // 2 :] * error[BATCH // 2 :]  # error of x0, because v's diverges as the noise vanishes
+        return weighed_square(torch.cat([error[: BATCH // 2], own]), cells)
+
+    fit("mending", list(models[:2]), batch_at, loss_of, steps, 1e-3, work, 0.995, matrices(models[0]))
 
 
 def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path) -> None:
     """Teach the decoder the transformer's latents, which differ slightly from the encoder's: it
     learns to draw the clean picture that best fits them. Every second clip is from the world, so it
     stays the encoder's inverse."""
-    (latents, _, stories, motions, _), device = own, vae.device
+    latents, _, stories, motions, _ = own
 
-    def loss_at(step):
+    def batch_at(step):
         frames = (17, 25)[step % 2]
         generator = torch.Generator().manual_seed(step)
         pick = torch.randint(len(latents), (1,), generator=generator)
         _, video, mask = clips(1, frames, seed=3 * 10**6 + step)
-        pair = (torch.cat(x).to(device) for x in zip((video, mask), draw(stories[pick], motions[pick, :frames])))
-        with torch.no_grad(), mixed_precision(device):
-            world = vae.encode(video.to(device)).latent_dist.sample().float()
-        mine = latents[pick, : (frames - 1) // 4 + 1].to(device).transpose(1, 2) / vae.config.scaling_factor
-        target, mask = pair
-        with mixed_precision(device):
+        target, both = (torch.cat(x) for x in zip((video, mask), draw(stories[pick], motions[pick, :frames])))
+        return latents[pick, : (frames - 1) // 4 + 1].transpose(1, 2) / vae.config.scaling_factor, target, both
+
+    def loss_of(mine, target, mask):
+        with mixed_precision(vae.device):
+            with torch.no_grad():
+                world = vae.encode(target[:1]).latent_dist.sample().float()
             decoded = vae.decode(torch.cat([world, mine])).sample.float()
         return weighed(decoded - target, mask)
 
-    fit("decoder", [vae.decoder], loss_at, steps, 1e-3, work, ema=0.995)
+    fit("decoder", [vae.decoder], batch_at, loss_of, steps, 1e-3, work, ema=0.995)
 
 
 DEFAULTS = {

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from extras.models.videocrafter2 import SCHEDULER, signal_scale
 from extras.tiny.fit import (
     TOKENS,
+    ahead,
     clips,
     fit,
     make_tokenizer,
@@ -102,75 +103,84 @@ def time_as_rows(conv: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def levels() -> tuple[torch.Tensor, torch.Tensor]:
+def levels(device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and sigma of the release's 1000 timesteps, with its signal scale."""
     cumulated = DDIMScheduler(**SCHEDULER).alphas_cumprod
     scale = torch.tensor([signal_scale(t) for t in range(1000)])
-    return scale * cumulated.sqrt(), (1 - cumulated).sqrt()
+    return (scale * cumulated.sqrt()).to(device), (1 - cumulated).sqrt().to(device)
 
 
 def train_vae(vae: AutoencoderKL, steps: int, work: Path) -> None:
     """Train on single frames. The object's pixels weigh more because they are few."""
 
-    def loss_at(step):
-        video, mask = (x[:, :, 0].to(vae.device) for x in clips(32, 1, seed=step)[1:])
+    def batch_at(step):
+        video, mask = (x[:, :, 0] for x in clips(32, 1, seed=step)[1:])
+        return video, mask, torch.tensor(0.02 * min(1, 2 * step / steps))
+
+    def loss_of(video, mask, kl_weight):
         with mixed_precision(vae.device):
             posterior = vae.encode(video).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         kl = posterior.kl().sum() / posterior.mean.numel()
-        return weighed(decoded - video, mask) + 0.02 * min(1, 2 * step / steps) * kl
+        return weighed(decoded - video, mask) + kl_weight * kl
 
-    fit("vae", [vae], loss_at, steps, 2e-3, work, ema=0.995)
+    fit("vae", [vae], batch_at, loss_of, steps, 2e-3, work, ema=0.995)
 
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKL, n: int, work: Path) -> tuple[torch.Tensor, ...]:
     """n clips as latents (n, 16, 4, 8, 8), scaled to unit variance, their stories (n, 4), and the
     object's cells (n, 16, 1, 8, 8); cached in a file."""
+
+    def eight_clips(seed):
+        story, video, mask = clips(8, FRAMES, seed=10**6 + seed)
+        cells = F.max_pool3d(mask[:, :, WINDOW], (1, 8, 8)).transpose(1, 2)
+        return story, video[:, :, WINDOW].transpose(1, 2).flatten(0, 1), cells.half()
+
     path = work / "latents.pt"
     if not path.exists():
         latents, stories, masks = [], [], []
-        for seed in tqdm(range(n // 8), desc="latents", mininterval=10):
-            story, video, mask = clips(8, FRAMES, seed=10**6 + seed)
-            frames = video[:, :, WINDOW].transpose(1, 2).flatten(0, 1).to(vae.device)
+        batches = ahead(eight_clips, range(n // 8), vae.device)
+        for story, frames, cells in tqdm(batches, desc="latents", mininterval=10):
             with mixed_precision(vae.device):
-                latent = vae.encode(frames).latent_dist.mode().cpu().unflatten(0, (8, -1))
-            latents.append(latent.half()), stories.append(story)
-            masks.append(F.max_pool3d(mask[:, :, WINDOW], (1, 8, 8)).transpose(1, 2).half())
+                latent = vae.encode(frames.to(vae.device)).latent_dist.mode().cpu().unflatten(0, (8, -1))
+            latents.append(latent.half()), stories.append(story), masks.append(cells)
         torch.save([torch.cat(x) for x in (latents, stories, masks)], path)
     latents, stories, masks = torch.load(path, weights_only=True)
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 4))
     return latents.float() * vae.config.scaling_factor, stories, masks.float()
 
 
-def error_of_eps(
-    models: tuple, x0: torch.Tensor, stories: torch.Tensor, t: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def token_ids(tokenizer, words: list[str]) -> torch.Tensor:
+    """n texts as n x TOKENS."""
+    return tokenizer(words, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+
+
+def error_of_eps(models: tuple, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, ids: torch.Tensor):
     """The error of the predicted eps, divided by alpha as if the model predicted v: else what
-    eps says about x0 at high noise hardly counts. x0: (n, F, 4, 8, 8); t: n timesteps."""
-    unet, text_encoder, tokenizer = models
-    alpha, sigma = (level[t].view(-1, 1, 1, 1, 1) for level in levels())
-    words = omit_words(stories, generator)
-    ids = tokenizer(words, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-    eps = torch.randn(x0.shape, generator=generator)
-    x = alpha * x0 + sigma * eps
-    x, eps, alpha, ids, t = (y.to(unet.device) for y in (x, eps, alpha, ids, t))
+    eps says about x0 at high noise hardly counts. models: U-Net, text encoder.
+    x0, eps: (n, F, 4, 8, 8); t: n timesteps; ids: (n, TOKENS). Returns the error in eps's shape."""
+    unet, text_encoder, *_ = models
+    alpha, sigma = (level[t].view(-1, 1, 1, 1, 1) for level in levels(unet.device))
     with mixed_precision(unet.device), sdpa_kernel(SDPBackend.MATH):  # faster for 16 frames or cells
         text = text_encoder(ids).last_hidden_state
-        guess = unet(x.transpose(1, 2), t, text).sample.transpose(1, 2).float()
+        guess = unet((alpha * x0 + sigma * eps).transpose(1, 2), t, text).sample.transpose(1, 2).float()
     return (guess - eps) / alpha
 
 
-def words_alike(text_encoder: CLIPTextModel, tokenizer, story: torch.Tensor) -> torch.Tensor:
-    """How alike the texts of a story (4) are with its five actions: 0 if all are 15 apart,
-    about half their norm.
+def same_story(story: torch.Tensor) -> list[str]:
+    """The captions of a story (4) with each of the five actions."""
+    return [caption([*story[:3], action]) for action in range(5)]
+
+
+def words_alike(text_encoder: CLIPTextModel, ids: torch.Tensor) -> torch.Tensor:
+    """How alike the texts of `same_story` are, as tokens (5, TOKENS): 0 if all are 15 apart, about
+    half their norm.
 
     The error says nothing about "left" and "right" before the U-Net tells the first frame from the
     last. Until then the text encoder would make them one word.
     """
-    captions = [caption([*story[:3], action]) for action in range(5)]
-    ids = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
-    texts = text_encoder(ids.to(text_encoder.device)).last_hidden_state.flatten(1)
+    texts = text_encoder(ids).last_hidden_state.flatten(1)
     return F.relu(1 - torch.pdist(texts) / 15).mean()
 
 
@@ -188,19 +198,20 @@ def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: fl
     unet, text_encoder, tokenizer = models
     rounds = round(0.55 * steps), round(0.45 * steps)
 
-    def loss(seed, frames, apart, draw_t, weights=(1.0, 1, 1, 1, 1)):
+    def batch(seed, frames, apart, draw_t, weights=(1.0, 1, 1, 1, 1)):
         n, generator = BATCH // frames, torch.Generator().manual_seed(seed)
         span = (frames - 1) * apart + 1
         first = int(torch.randint(17 - span, (), generator=generator))
         pick = torch.multinomial(torch.tensor(weights)[stories[:, 3]], n, replacement=True, generator=generator)
         t = (1000 * draw_t(torch.rand(n, generator=generator))).long().clamp(max=999)
         x0, cells = (x[pick, first : first + span : apart] for x in (latents, masks))
-        return weighed_square(error_of_eps(models, x0, stories[pick], t, generator), cells)
+        ids = token_ids(tokenizer, omit_words(stories[pick], generator))
+        return x0, torch.randn(x0.shape, generator=generator), t, ids, cells
 
     def pictures(step):
         done = step / rounds[0]
         frames = 16 if done > 0.3 else 4 if done > 0.15 else 1
-        return loss(step, frames, 1, lambda u: u**2 if done > 0.67 else u)
+        return batch(step, frames, 1, lambda u: u**2 if done > 0.67 else u)
 
     def actions(step):
         done = step / rounds[1]
@@ -208,14 +219,18 @@ def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: fl
         high = 0.6 if frames == 16 else 0.85  # share of draws in the uppermost 300 timesteps
         draw_t = lambda u: torch.where(u < high, 1 - 0.3 * u / high, ((u - high) / (1 - high)) ** 2)  # noqa: E731
         weights = (1.0, 1, 1, 1, 1) if frames == 16 else (3.0, 3, 1, 2, 2)
-        error = loss(10**7 + step, frames, apart, draw_t, weights)
-        return error + words_alike(text_encoder, tokenizer, stories[step % len(stories)])
+        ids = token_ids(tokenizer, same_story(stories[step % len(stories)]))
+        return *batch(10**7 + step, frames, apart, draw_t, weights), ids
+
+    def loss(x0, eps, t, ids, cells, same=None):
+        error = weighed_square(error_of_eps(models, x0, eps, t, ids), cells)
+        return error if same is None else error + words_alike(text_encoder, same)
 
     for conv in (m for m in unet.modules() if isinstance(m, torch.nn.Conv3d)):
         conv.forward = functools.partial(time_as_rows, conv)
     matrices = [p for name, p in unet.named_parameters() if "block" in name and p.ndim > 1]
-    for name, loss_at, count, rate in zip(("pictures", "actions"), (pictures, actions), rounds, (lr, 0.8 * lr)):
-        fit(name, [unet, text_encoder], loss_at, count, rate, work, 0.998, matrices)
+    for name, batch_at, count, rate in zip(("pictures", "actions"), (pictures, actions), rounds, (lr, 0.8 * lr)):
+        fit(name, [unet, text_encoder], batch_at, loss, count, rate, work, 0.998, matrices)
 
 
 def train(args) -> None:
