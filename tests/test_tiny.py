@@ -135,7 +135,7 @@ def test_the_unets_checkpoint_is_complete_and_small(tiny_unet):
     assert {p.suffix for p in files} == {".json", ".safetensors"}
     assert set(W.vocabulary()) <= set(tiny_unet.backbone.load_pipe("tokenizer").tokenizer.get_vocab())
     assert (TINY_UNET.window, TINY_UNET.num_frames) == (16, 64)
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="64 x 64 pixels and 16 frames only"):
         TINY_UNET.backbone.resize(TINY_UNET, 64, 64, 16)
 
 
