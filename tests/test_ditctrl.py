@@ -263,7 +263,7 @@ def test_hooks_are_gone_after_a_run_and_after_an_exception(backbone, pipeline_fo
 
     with pytest.raises(KeyboardInterrupt):
         DiTCtrl().sample(backbone, plan, randn(11, 4, 2, 4), rng(), stop)
-    with pytest.raises(KeyError), pair_predictor(backbone, 1 / 6) as predict_pairs:
+    with pytest.raises(ValueError, match="encoded"), pair_predictor(backbone, 1 / 6) as predict_pairs:
         try:
             predict_pairs(X, 749, ["unknown"] * 4)
         finally:
