@@ -226,7 +226,9 @@ def build_text_encoder(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, T
     from transformers import CLIPTextConfig, CLIPTextModel
 
     clip = CLIPTextModel(CLIPTextConfig(**RELEASE["text_encoder"]))
-    return clip, {k.removeprefix("text_model."): v for k, v in convert_open_clip_checkpoint(clip, state).items()}
+    own, prefix = clip.state_dict(), "text_model."  # which transformers 5.0 still has in its keys
+    converted = convert_open_clip_checkpoint(clip, state)
+    return clip, {k if k in own else k.removeprefix(prefix): v for k, v in converted.items()}
 
 
 @torch.no_grad()
