@@ -86,9 +86,6 @@ if __name__ == "__main__":  # parse first, import after: --help and a mistyped o
     ARGS = make_parser().parse_args()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Python's imports would answer with pages
         signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped."))
-    from extras.versions import check_versions
-
-    check_versions()
 
 import warnings
 from dataclasses import replace

@@ -1,32 +1,30 @@
-"""Are the packages there, and new enough? Asked before any of them is imported."""
+"""Names installed packages that are older than requirements-ranges.txt allows."""
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-FILE = Path(__file__).parent / "requirements-any.txt"
-NEEDED = ("torch", "diffusers", "transformers", "accelerate", "imageio")
+RANGES = Path(__file__).parents[1] / "requirements-ranges.txt"
 
 
-def oldest() -> dict[str, str]:
-    """The oldest version of each package that will do."""
-    return {"torch": "2.6"} | dict(re.findall(r"^([\w-]+)\S*>=(\S+)", FILE.read_text(), re.MULTILINE))
-
-
-def numbers(text: str) -> list[int]:
-    """2.6.0+cu124 -> [2, 6, 0]."""
-    return [int(n) for n in re.match(r"[\d.]*\d|", text)[0].split(".") if n]
-
-
-def check_versions() -> None:
-    """End the program with a sentence if a package is missing or too old."""
-    least = oldest()
-    for name in NEEDED:
+def too_old(ranges: str) -> str:
+    """What to update, as one sentence, given lines like `torch>=2.6.0`; empty if nothing. Ignores
+    what is missing, which fails in its own words, and suffixes as in 2.6.0a0+nv25.1."""
+    numbers = lambda text: [*map(int, re.findall(r"\d+", text)), 0, 0][:3]  # noqa: E731
+    old = []
+    for name, least in re.findall(r"(?m)^([\w-]+)\S*>=(\S+)", ranges):
         try:
-            found = version(name)
+            own = version(name)
         except PackageNotFoundError:
-            raise SystemExit(f"The package {name} is missing; run: pip install -r requirements.txt") from None
-        if numbers(found) < numbers(least[name]):
-            raise SystemExit(
-                f"{name} {found} is too old, {least[name]} is needed; run: pip install -U '{name}>={least[name]}'"
-            )
+            continue
+        if numbers(own) < numbers(least):
+            old.append(f"{name} {own} (needed: {least} or newer)")
+    return f"Too old: {', '.join(old)}. Update with: pip install -r {RANGES.name}" if old else ""
+
+
+def check() -> None:
+    """End the program, with status 2, if a package is too old."""
+    if message := too_old(RANGES.read_text() if RANGES.is_file() else ""):
+        print(message, file=sys.stderr)
+        sys.exit(2)
