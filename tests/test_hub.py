@@ -1,7 +1,7 @@
 """The Hugging Face hub: what it says when it fails, and bars while it delivers. A local server."""
 
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from diffusers import AutoencoderKL
@@ -51,7 +51,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between attempts
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         at(f"http://127.0.0.1:{server.server_port}")
         yield at
