@@ -139,10 +139,10 @@ def fuse(parts: Iterable[Tensor], windows: Sequence[slice], frames: int) -> Tens
     """Average windows where they overlap: sum of values / number of windows (Fig. 5).
 
     parts: one per window, f x C x H x W each, consumed one at a time. Returns F x C x H x W, zero
-    where no window lies. Raises ValueError if there are no windows, or not one part for each.
+    where no window lies. Raises ValueError if `windows` is empty or does not match `parts`.
     """
     if not windows:
-        raise ValueError("There are no windows to fuse; give at least one.")
+        raise ValueError("fuse() got no windows to fuse; pass at least one.")
     total, count = None, torch.zeros(frames)
     for part, window in zip(parts, windows, strict=True):
         total = part.new_zeros(frames, *part.shape[1:]) if total is None else total
@@ -186,7 +186,7 @@ def _predict(
 
 
 def rbf_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The RBF kernel of SVGD, and the matrix that sums its gradients.
+    """The RBF kernel of SVGD, and the matrix that sums its gradients (stage 2; CSD).
 
         k(X, Y) = exp(-|X - Y|^2 / h),   h = median |X_i - X_j|^2 / log(B + 1) over i != j
 
@@ -443,14 +443,14 @@ def syncos(
     callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
     at_once: int = 1,
 ) -> Tensor:
-    """Sample a long video: the paper's whole method.
+    """Sample a long video: the paper's whole method (Fig. 5).
 
     latents: the initial noise, F x C x H x W, float32; levels: from `diffusion_levels` or
     `flow_levels`; windows: from `make_windows`; prompts: one per window; generator: on the CPU, the
     source of all randomness; at_once: windows per call of `predict_x0`.
     callback(step, t, x0, latents) is called after every step with its estimate and its result.
-    Returns the clean latents, F x C x H x W. Raises ValueError if arguments do not fit together;
-    warns if stage 2 is asked for and never runs.
+    Returns the clean latents, F x C x H x W. Raises ValueError if arguments do not fit together or
+    no stage would ask the model; warns if stage 2 is asked for and never runs.
     """
     if len(prompts) != len(windows):
         raise ValueError(f"There are {len(windows)} windows but {len(prompts)} prompts; give one for each window.")
@@ -459,11 +459,10 @@ def syncos(
     if generator.device.type != "cpu":
         raise ValueError("The generator must be on the CPU, so that a seed gives the same video on every device.")
     if settings.refine and not refined_steps(levels, settings):
-        warnings.warn(
-            f"Stage 2 never runs: no timestep with a signal is above t_min = {settings.t_min:g} (the first is "
-            f"{levels[0].t:g}). This is Gen-L-Video; lower t_min, or choose refine=False.",
-            stacklevel=2,
-        )
+        never = f"Stage 2 never runs: no timestep with a signal is above t_min = {settings.t_min:g}"
+        if not settings.codenoise:
+            raise ValueError(f"{never}. Without stage 1 the model is never asked; lower t_min.")
+        warnings.warn(f"{never} (the first is {levels[0].t:g}). Lower t_min, or choose refine=False.", stacklevel=2)
 
     x = x0 = latents.float()
     for step, level in enumerate(levels[:-1]):

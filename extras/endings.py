@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
+from extras.errors import first_line
 from extras.meeting import numbered
 from extras.processes import lost
-from extras.videos import first_line
 
 SIGNALS = [
     getattr(signal, name)
@@ -67,7 +67,7 @@ class Ending:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Of the GPU or of the machine; libraries tell by words only."""
+    """Whether memory ran out, on the GPU or the machine. Some libraries say so only in words."""
     words = ("out of memory", "alloc_failed", "allocate memory", "not enough memory", "unable to allocate")
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or (isinstance(error, RuntimeError | OSError) and any(word in str(error).lower() for word in words))

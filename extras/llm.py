@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from extras.errors import causes
 from prompts import Story, instruction, parse_args, parse_story, to_json
 
 HUB = "https://router.huggingface.co/v1"
@@ -69,8 +70,8 @@ def llm_chat(model: str, url: str, key: str | None, timeout: float) -> Callable[
     """Make `chat` for `ask`. InferenceClient would send the hub's token to any server, and keeps
     what a server says of a failure to itself; hence a plain request.
 
-    `chat` raises ConnectionError, with the server's own sentence, if there is no answer, and
-    ValueError if it is not whole.
+    `chat` raises ConnectionError with the server's own message if there is no answer, and
+    ValueError if the answer is incomplete.
     """
     import requests
 
@@ -99,8 +100,8 @@ def llm_chat(model: str, url: str, key: str | None, timeout: float) -> Callable[
 
 
 def read_answer(data: Any) -> str:
-    """The text in a server's response. Raises ConnectionError if there is none, ValueError if it is
-    not whole."""
+    """The text in a server's response. Raises ConnectionError if it holds none, ValueError if the
+    text is incomplete."""
     try:
         choice = data["choices"][0]
         message, end = choice["message"], choice.get("finish_reason")
@@ -162,8 +163,7 @@ def choose_server(base_url: str | None) -> tuple[str, str | None]:
 
 def root(error: BaseException) -> str:
     """What first went wrong, without the addresses that may hold a key."""
-    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = cause
+    error = causes(error)[-1]
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0].rpartition(">: ")[2]
 

@@ -17,6 +17,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import Tensor, nn
 
+from extras.errors import causes, first_line
+
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would download a converted copy of a .bin
 SHOW_DOWNLOADS = not are_progress_bars_disabled()
 for logging in (diffusers_logging, transformers_logging):  # what they would report, we say in a line
@@ -87,19 +89,11 @@ def load_tokenizer(model: str, folder: str) -> Any:
         raise ValueError(f"Cannot load the tokenizer {name}: {why}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, as one sentence."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next(filter(None, lines), type(error).__name__).rstrip(".") + "."
-
-
 def hub_failure(error: BaseException) -> str:
     """Why the Hugging Face hub did not give a file, in its own words, and what to do: one or two
     sentences. Empty if `error` and its causes are of another kind."""
-    causes = [error]
-    while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
-        causes.append(cause)
-    reached = [e for e in causes if isinstance(e, H.HfHubHTTPError)]
+    chain = causes(error)
+    reached = [e for e in chain if isinstance(e, H.HfHubHTTPError)]
     if any(isinstance(e, H.EntryNotFoundError) for e in reached):
         return ""  # the model exists: the library's own message names the file that it lacks
     if reached:
@@ -111,17 +105,17 @@ def hub_failure(error: BaseException) -> str:
             return f"{said}. Check the name; if the model is private, log in with `hf auth login`."
         advice = " Log in again with `hf auth login`, or correct HF_TOKEN." if status == 401 else ""
         return f"{said} (status {status}).{advice}"
-    if any(isinstance(e, H.OfflineModeIsEnabled) for e in causes) or constants.HF_HUB_OFFLINE and is_missing(causes):
+    if any(isinstance(e, H.OfflineModeIsEnabled) for e in chain) or constants.HF_HUB_OFFLINE and is_missing(chain):
         return "it is not on this machine and HF_HUB_OFFLINE forbids a download; unset it, or download elsewhere first."
-    if is_missing(causes) or any(type(e).__module__.startswith(("httpx", "httpcore")) for e in causes):
-        root = getattr(causes[-1], "strerror", None) or first_line(causes[-1])
+    if is_missing(chain) or any(type(e).__module__.startswith(("httpx", "httpcore")) for e in chain):
+        root = getattr(chain[-1], "strerror", None) or first_line(chain[-1])
         hub = constants.ENDPOINT.rpartition("@")[2]  # without a password
         return f"{hub} cannot be reached: {root.rstrip('.')}. Check the connection, the proxy and HF_ENDPOINT."
     return ""
 
 
-def is_missing(causes: Sequence[BaseException]) -> bool:
-    return any(isinstance(e, H.LocalEntryNotFoundError) for e in causes)
+def is_missing(chain: Sequence[BaseException]) -> bool:
+    return any(isinstance(e, H.LocalEntryNotFoundError) for e in chain)
 
 
 def check_pointers(path: Path) -> None:

@@ -29,7 +29,9 @@ class SynCoS:
         return always | coupled | limited
 
     def check(self, plan: Plan) -> None:
-        pass
+        if not self.evaluations(plan, self.steps(plan)):
+            never = "Without stage 1, and with no step for stage 2, the model is never asked"
+            raise ValueError(f"{never}; lower --t_min or take more steps.")
 
     def steps(self, plan: Plan) -> int:
         return len(plan.levels) - 1

@@ -14,6 +14,7 @@ from backbones import Backbone, check_finite, free_memory
 from extras import videos as V
 from extras.baselines import Method, Plan
 from extras.endings import undisturbed
+from extras.errors import first_line
 from extras.meeting import main_process
 from extras.states import State
 from prompts import Story
@@ -122,5 +123,5 @@ def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) ->
             rows.append(([number], text))
         V.contact_sheet(path, {"": picked}, rows, title)
     except Exception as error:  # of whatever kind: a picture is not worth a run
-        V.say(f"No preview: {V.first_line(error)}")
+        V.say(f"No preview: {first_line(error)}")
     free_memory()

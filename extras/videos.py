@@ -22,6 +22,8 @@ from uuid import uuid4
 import numpy as np
 import torch
 
+from extras.errors import first_line
+
 
 def say(text: str) -> None:
     """Print; once the reader has left (`demo.py | head -1`), stay silent instead of failing."""
@@ -71,7 +73,7 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def check_ffmpeg() -> None:
-    """Raise ValueError if there is no ffmpeg to write videos with."""
+    """Raise ValueError if ffmpeg, which writes the videos, is missing."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     try:
@@ -126,11 +128,6 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, as one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ") + "."
-
-
 def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[str, Any], new: bool = False) -> None:
     """Write safetensors with `about` in the metadata; new: never over a file. Raises OSError."""
     from safetensors import SafetensorError
@@ -163,8 +160,8 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
-    """Frames of a video file, without repeats where the rate varies, and its frame rate; 10, as in
-    browsers, for a GIF that states none.
+    """Frames of a video file, without repeats where the rate varies, and its frame rate. A GIF
+    that states no rate has 10, as in browsers.
 
     Raises ValueError if it has no frames, or is a WebP, which stores equal frames once.
     """

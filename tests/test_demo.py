@@ -111,6 +111,7 @@ REFUSALS = {  # words after those of `base` without its story; {} is a folder ->
     "--compare --method syncos": "--compare does not go with --method",
     "--compare syncos syncos": "twice",
     "--ablate stage-1 stage-2": "never asked",
+    "--prompt a --ablate stage-1 --t_min 1000": "never asked",
     "--ablate stage-2 fixed-noise": "contradict",
     "--prompt a --ablate structured-prompt": "global prompt",
     "--height 64": "--height",

@@ -74,7 +74,7 @@ def refused(capsys, *words) -> str:
 
 
 def test_networks_load_completely_or_not_at_all(videos, networks, tmp_path, capsys):
-    """Renamed keys would be random weights; a pointer or a cut file are no weights either."""
+    """Renamed keys would leave random weights; pointers and truncated files hold none."""
     words = [videos / "still.mp4", "--story", videos / "story.json", "--device", "cpu"]
     for name in ("dino", "clip"):
         for fault in ("renamed", "pointer", "cut"):

@@ -465,6 +465,8 @@ def test_stage_2_that_never_runs_is_told():
     windows, x = S.make_windows(9, 5, 4), randn(9, 2, 2, 2)
     with pytest.warns(UserWarning, match="Stage 2 never runs.* 800 .*first is 1"):
         S.syncos(Gaussian(unit), x, unit, windows, ["0", "1"], S.Settings(csd_iters=1), rng())
+    with pytest.raises(ValueError, match="never asked"):
+        S.syncos(Gaussian(unit), x, unit, windows, ["0", "1"], S.Settings(csd_iters=1, codenoise=False), rng())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         S.syncos(Gaussian(flow), x, flow, windows, ["0", "1"], S.Settings(csd_iters=1), rng())
