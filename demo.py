@@ -39,8 +39,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("story (one of these; default: the backbone's scenario)").add_argument
     add("--prompt", help='local prompts, one per event, separated by "|"')
     add("--global_prompt", help="what stays the same throughout (with --prompt)")
-    add("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}')
+    add("--story", metavar="FILE", help='JSON file: {"global": "...", "local": ["...", ...]}, "durations" if wanted')
     add("--scenario", metavar="NAME", help="a ready-made story, see --list_scenarios")
+    add("--durations", type=float, nargs="+", metavar="N",
+        help="how long each event lasts, relative to the others: 3 2 2 5 (default: equally long)")  # fmt: skip
     add("--list_scenarios", **flag, help="print the ready-made stories and stop")
 
     add = parser.add_argument_group("method").add_argument

@@ -13,8 +13,10 @@ import argparse
 import codecs
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 LONGEST = 10_000  # characters per prompt
@@ -22,10 +24,12 @@ LONGEST = 10_000  # characters per prompt
 
 @dataclass(frozen=True)
 class Story:
-    """A structured prompt: one local prompt per event, in order. Raises ValueError if empty."""
+    """A structured prompt: one local prompt per event, in order, and how long each event lasts,
+    relative to the others (None: equally long). Raises ValueError if empty or wrong."""
 
     global_prompt: str
     local_prompts: tuple[str, ...]
+    durations: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if not self.local_prompts:
@@ -35,6 +39,9 @@ class Story:
                 raise ValueError(f"Event {i} of {len(self.local_prompts)} is empty; every event needs a local prompt.")
         if (longest := max(map(len, (self.global_prompt, *self.local_prompts)))) > LONGEST:
             raise ValueError(f"A prompt has {longest} characters; no model reads more than {LONGEST}.")
+        given, events = self.durations, len(self.local_prompts)
+        if given is not None and not (len(given) == events and all(0 < x <= 1e6 for x in given)):
+            raise ValueError(f"Each of {events} events needs a duration above 0 and up to 1e6, not {[*given]}.")
 
     def event_prompts(self, structured: bool = True) -> list[str]:
         """Text of each event: global and local prompt, or the local one alone (ablation)."""
@@ -47,25 +54,24 @@ def parse_events(text: str, global_prompt: str = "") -> Story:
     return Story(global_prompt.strip(), tuple(event.strip() for event in text.split("|")))
 
 
-def parse_story(text: str, count: int | None = None) -> Story:
-    """A story from JSON, with `count` events if given. Raises ValueError."""
-    form = 'expected {"global": "...", "local": ["...", ...]}'
+def parse_story(text: str) -> Story:
+    """A story from JSON. Raises ValueError."""
+    form = 'expected {"global": "...", "local": ["...", ...]}, with or without "durations": [1, ...]'
     try:
         once = lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else None  # noqa: E731
         data = json.loads(text, object_pairs_hook=once, strict=False)  # as models write: line breaks in strings
         json.dumps(data, ensure_ascii=False).encode()
     except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"This is not JSON ({error}); {form}.") from None
-    if not isinstance(data, dict) or set(data) != {"global", "local"}:
+    if not isinstance(data, dict) or set(data) - {"durations"} != {"global", "local"}:
         raise ValueError(f'A story is an object with just the keys "global" and "local", once each; {form}.')
-    local = data["local"]
+    local, durations = data["local"], data.get("durations")
     if not isinstance(data["global"], str) or not isinstance(local, list) or not all(isinstance(p, str) for p in local):
         raise ValueError(f'"global" must be a string and "local" a list of strings; {form}.')
-    if count is not None and len(local) != count:
-        raise ValueError(f"The story has {len(local)} local prompts where {count} were asked for.")
-    if count is not None and not data["global"].strip():
-        raise ValueError("The global prompt is empty.")
-    return Story(" ".join(data["global"].split()), tuple(" ".join(p.split()) for p in local))
+    if durations is not None and not (isinstance(durations, list) and all(type(x) in (int, float) for x in durations)):
+        raise ValueError(f'"durations" must be a list of numbers; {form}.')
+    texts = " ".join(data["global"].split()), tuple(" ".join(p.split()) for p in local)
+    return Story(*texts, durations and tuple(durations))
 
 
 def load_story(path: str | Path) -> Story:
@@ -75,8 +81,7 @@ def load_story(path: str | Path) -> Story:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return parse_story(data.decode("utf-16" if utf16 else "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise ValueError(f"Cannot read the story {path}: {reason}.") from None
+        raise ValueError(f"Cannot read the story {path}: {getattr(error, 'strerror', 'not a text file')}.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -84,21 +89,25 @@ def load_story(path: str | Path) -> Story:
 def to_json(story: Story) -> str:
     """JSON that `parse_story` reads."""
     data = {"global": story.global_prompt, "local": story.local_prompts}
+    data |= {"durations": story.durations} if story.durations else {}
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
-def assign_events(windows: Sequence[slice], events: int) -> list[int]:
-    """Event of each window, by its centre: events share the range of centres evenly. [ours] Raises
-    ValueError if an event would get no window."""
-    centres = [(w.start + w.stop) / 2 for w in windows]
-    spacing = (centres[-1] - centres[0]) / max(len(windows) - 1, 1) or 1.0
-    start, span = centres[0] - spacing / 2, centres[-1] - centres[0] + spacing
-    assigned = [int((c - start) / span * events) for c in centres]
-    if set(assigned) != set(range(events)):
-        raise ValueError(
-            f"{events} events do not fit into {len(windows)} windows; use fewer events, more frames or less stride."
-        )
-    return assigned
+def assign_events(windows: Sequence[slice], events: int, durations: Sequence[float] | None = None) -> list[int]:
+    """Event of each window: the one that is on at its centre if events share the video by their
+    durations, equal by default. If one of equal events gets no window that way, they share the
+    range of centres instead. [ours] Raises ValueError if an event still gets none."""
+    shares = durations or [1] * events
+    stops = [stop / sum(shares) for stop in accumulate(shares)][:-1]
+    centres = [(w.start + w.stop) / 2 / windows[-1].stop for w in windows]
+    step = (centres[-1] - centres[0]) / max(len(windows) - 1, 1) or 1.0
+    inner = [(c - centres[0] + step / 2) / (centres[-1] - centres[0] + step) for c in centres]
+    for places in [centres] if len(set(shares)) > 1 else [centres, inner]:
+        assigned = [bisect_right(stops, round(place, 9)) for place in places]
+        if not (missing := set(range(events)) - set(assigned)):
+            return assigned
+    hint = "use fewer events, more frames, less stride or a longer event"
+    raise ValueError(f"Event {min(missing) + 1} of {events} would get none of {len(windows)} windows; {hint}.")
 
 
 def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple[float, float]]:
@@ -107,12 +116,6 @@ def event_spans(windows: Sequence[slice], assigned: Sequence[int]) -> list[tuple
     cuts = [(a + b) / 2 for a, b, i, j in zip(centres, centres[1:], assigned, assigned[1:]) if i != j]
     edges = [0.0, *(c / windows[-1].stop for c in cuts), 1.0]
     return list(zip(edges, edges[1:]))
-
-
-def frame_events(windows: Sequence[slice], assigned: Sequence[int]) -> list[int]:
-    """Event of each latent frame: the one whose span contains its middle."""
-    stops, frames = [stop for _, stop in event_spans(windows, assigned)], windows[-1].stop
-    return [next(e for e, stop in enumerate(stops) if (k + 0.5) / frames < stop) for k in range(frames)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,7 +227,6 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 
 if __name__ == "__main__":
-    PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ARGS = parse_args(PARSER)
+    ARGS = parse_args(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter))
     getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="backslashreplace")  # a console may lack letters
     print(instruction(ARGS.scenario, ARGS.num_prompts))

@@ -40,7 +40,12 @@ def find_story(answer: str, count: int) -> Story:
                 continue
             if {"global", "local"} <= data.keys():
                 found = answer[i:stop]
-    return parse_story(found, count)
+    story = parse_story(found)
+    if len(story.local_prompts) != count:
+        raise ValueError(f"The story has {len(story.local_prompts)} local prompts where {count} were asked for.")
+    if not story.global_prompt:
+        raise ValueError("The global prompt is empty.")
+    return story
 
 
 def ask(chat: Callable[[list[dict]], str], scenario: str, count: int) -> Story:

@@ -39,6 +39,9 @@ class SynCoS:
     def evaluations(self, plan: Plan, steps: int) -> int:
         return count_evaluations(plan.levels[: steps + 1], plan.windows, self.settings)
 
+    def spans(self, plan: Plan) -> list[tuple[float, float]]:
+        return plan.spans
+
     def describe(self, plan: Plan) -> str:
         s, levels = self.settings, plan.levels
         if not (refined := refined_steps(levels, s)):

@@ -58,9 +58,12 @@ def plan_run(args: argparse.Namespace) -> runs.Run:
     V.check_rate(args.output_path, recipe.fps)
     methods = choose_methods(args, recipe.settings)
     story = choose_story(args, recipe.scenario)
+    if args.durations:
+        story = replace(story, durations=tuple(args.durations))
     if "structured-prompt" in args.ablate and not story.global_prompt:
         raise ValueError("--ablate structured-prompt leaves out the global prompt, but this story has none.")
-    plan = Plan(recipe, tuple(story.event_prompts(structured="structured-prompt" not in args.ablate)))
+    texts = story.event_prompts(structured="structured-prompt" not in args.ablate)
+    plan = Plan(recipe, tuple(texts), story.durations)
     for method in methods.values():
         method.check(plan)
     steps = max(method.steps(plan) for method in methods.values())
@@ -233,5 +236,5 @@ def describe_video(args: argparse.Namespace, run: runs.Run) -> dict[str, Any]:
     """What must be known to decode saved latents, and what the video's file should say."""
     recipe, story = run.plan.recipe, run.story
     about = dict(backbone=args.backbone, model=args.model, num_frames=recipe.num_frames, fps=recipe.fps)
-    about |= dict(captions=recipe.captions, run=run.about(), spans=run.plan.spans)
+    about |= dict(captions=recipe.captions, run=run.about(), spans=run.spans)
     return about | {"global": story.global_prompt, "local": story.local_prompts}

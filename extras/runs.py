@@ -36,9 +36,15 @@ class Run:
         r = self.plan.recipe
         about = dict(model=r.model, dtype=str(self.dtype), seed=self.seed, frames=r.latent_frames, window=r.window)
         about |= dict(latent=r.latent, steps=r.num_inference_steps, guidance_scale=r.guidance_scale)
-        about |= dict(texts=self.plan.texts, stride=r.stride)
+        about |= dict(texts=self.plan.texts, durations=self.plan.durations, stride=r.stride)
         about |= dict(methods={name: [type(m).__name__, asdict(m)] for name, m in self.methods.items()})
         return json.loads(json.dumps(about))
+
+    @property
+    def spans(self) -> list[tuple[float, float]]:
+        """Start and end of each event, 0 to 1: the methods' own if they agree."""
+        first, *others = [method.spans(self.plan) for method in self.methods.values()]
+        return first if all(other == first for other in others) else self.plan.spans
 
     def describe(self) -> str:
         """The plan as the demo prints it."""
@@ -59,7 +65,7 @@ class Run:
         if self.story.global_prompt:
             lines.append(f"global: {self.story.global_prompt}")
         seconds = r.num_frames / r.fps
-        for i, ((start, stop), text) in enumerate(zip(plan.spans, self.story.local_prompts), 1):
+        for i, ((start, stop), text) in enumerate(zip(self.spans, self.story.local_prompts), 1):
             lines.append(f"event {i}, {start * seconds:.1f} to {stop * seconds:.1f} s: {text}")
         return "\n".join(lines)
 
@@ -116,7 +122,7 @@ def preview(path: Path, run: Run, backbone: Backbone, x0: Tensor, title: str) ->
     """
     picked, rows, c, F = {}, [], run.plan.recipe.frames_per_latent, len(x0)
     try:
-        for (start, stop), text in zip(run.plan.spans, run.story.local_prompts):
+        for (start, stop), text in zip(run.spans, run.story.local_prompts):
             middle = min(max(round((start + stop) / 2 * F), 1), F - 2)
             number = c * middle
             picked[number] = list(backbone.preview(x0[middle - 1 : middle + 2]))[c]

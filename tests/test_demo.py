@@ -82,6 +82,21 @@ def test_the_plan_follows_the_options(base, capsys):
         assert said in capsys.readouterr().out
 
 
+def test_events_last_as_long_as_they_should(base, tmp_path, capsys):
+    """On tiny: 12.1 s and ten windows, whose centres are 0.98 s apart."""
+    spans = lambda: re.findall(r"event \d, (\S+) to (\S+) s", capsys.readouterr().out)  # noqa: E731
+    call("--plan")
+    assert spans() == [("0.0", "3.1"), ("3.1", "6.0"), ("6.0", "9.0"), ("9.0", "12.1")]
+    call("--plan", "--durations", 3, 2, 2, 5)
+    assert spans() == [("0.0", "3.1"), ("3.1", "5.0"), ("5.0", "7.0"), ("7.0", "12.1")]
+    story = {"global": "A star.", "local": ["It jumps.", "It grows."], "durations": [1, 3]}
+    (tmp_path / "story.json").write_text(json.dumps(story))
+    call("--plan", "--story", tmp_path / "story.json")
+    assert spans() == [("0.0", "3.1"), ("3.1", "12.1")]
+    call("--plan", "--backbone", "tiny-unet", "--method", "video-infinity")  # four clips of its own
+    assert spans() == [("0.0", "2.0"), ("2.0", "4.0"), ("4.0", "6.0"), ("6.0", "8.0")]
+
+
 def test_a_story_file_is_the_same_as_its_words(base, tmp_path, capsys):
     call(*base, "--plan")
     words = capsys.readouterr().out
@@ -99,6 +114,8 @@ REFUSALS = {  # words after those of `base` without its story; {} is a folder ->
     "--num_frames 30": "33",
     "--stride 6": "stride",
     "--csd_batch 0": "csd_batch",
+    "--durations 1 2": "Each of 4 events needs a duration",
+    "--durations 1 1 1 99": "Event 1 of 4 would get none",
     "--t_min nan": "--t_min",
     "--t_min -1": "--t_min",
     "--prompt a --method csd --csd_lr 1": "--csd_lr has no effect on csd",

@@ -317,6 +317,13 @@ def test_lengths_that_fit():
         DiTCtrl().check(story(4, stride=7))
     with pytest.raises(ValueError, match="only one"):
         DiTCtrl().check(story(1, num_frames=49))
+    with pytest.raises(ValueError, match="the same time"):
+        DiTCtrl().check(replace(story(4), durations=(3, 2, 2, 3)))
+
+
+def test_events_meet_where_the_texts_are_half_mixed():
+    stops = [stop for _, stop in DiTCtrl().spans(story(4))]  # windows 0, 3, 6 and 9 of 10 have unmixed texts
+    assert stops == pytest.approx([12.5 / 49, 24.5 / 49, 36.5 / 49, 1])
 
 
 def test_refusals(backbone):

@@ -48,6 +48,13 @@ def test_files(tmp_path):
     ('{"global": 1, "local": ["b"]}', "global"),
     ('{"global": "a", "local": ["b", 2]}', "local"),
     ('{"global": "a", "local": []}', "events"),
+    ('{"global": "a", "local": ["b"], "durations": [1, 2]}', "needs a duration"),
+    ('{"global": "a", "local": ["b"], "durations": [0]}', "above 0"),
+    ('{"global": "a", "local": ["b"], "durations": [NaN]}', "above 0"),
+    ('{"global": "a", "local": ["b"], "durations": [1%s]}' % ("0" * 400), "up to 1e6"),
+    ('{"global": "a", "local": ["b"], "durations": []}', "needs a duration"),
+    ('{"global": "a", "local": ["b"], "durations": [true]}', "list of numbers"),
+    ('{"global": "a", "local": ["b"], "durations": ["1"]}', "list of numbers"),
     ('{"global": "a", "local": ["b", "  "]}', "2 of 2"),
     (json.dumps({"global": "a", "local": ["b" * 10_001]}), "10001"),
 ])  # fmt: skip
@@ -68,14 +75,32 @@ def test_a_story_with_a_byte_order_mark(encoding, tmp_path):
 
 def test_events_follow_window_centres():
     windows = make_windows(49, 13, 4)
-    assert P.assign_events(windows, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert P.assign_events(windows, 4) == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]  # at 13, 22, ..., 87 % of the video
     assert P.assign_events(windows, 1) == [0] * 10
     for events in range(1, 11):
         assigned = P.assign_events(windows, events)
         assert assigned == sorted(assigned) and set(assigned) == set(range(events))
-    with pytest.raises(ValueError, match="11 events do not fit into 10 windows"):
+    with pytest.raises(ValueError, match="Event . of 11 would get none of 10 windows"):
         P.assign_events(windows, 11)
     assert P.assign_events(make_windows(13, 13, 4), 1) == [0]
+
+
+def test_durations_are_met_to_the_nearest_window():
+    windows = make_windows(49, 13, 4)
+    assigned = P.assign_events(windows, 4, (3, 2, 2, 5))
+    assert assigned == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+    for (_, stop), wanted in zip(P.event_spans(windows, assigned), (3 / 12, 5 / 12, 7 / 12, 1)):
+        assert abs(stop - wanted) <= 2 / 49  # half a stride
+    assert P.assign_events(windows, 10, (1,) * 10) == P.assign_events(windows, 10)
+    assert P.assign_events(windows, 4, (0.3, 0.2, 0.2, 0.5)) == assigned
+    with pytest.raises(ValueError, match="Event 1 of 3 would get none"):
+        P.assign_events(windows, 3, (1, 10, 1))
+
+
+def test_a_story_says_how_long_its_events_last():
+    story = P.parse_story('{"global": "a", "local": ["b", "c"], "durations": [1, 2.5]}')
+    assert story.durations == (1, 2.5) and P.parse_story(P.to_json(story)) == story
+    assert "durations" not in P.to_json(P.Story("a", ("b",)))
 
 
 def test_event_spans_tile_the_video():

@@ -22,6 +22,7 @@ class Plan:
 
     recipe: Recipe
     texts: tuple[str, ...]  # the whole prompt of each event, in time order
+    durations: tuple[float, ...] | None = None  # of the events, relative to one another
 
     def __post_init__(self):
         self.events, self.levels  # noqa: B018, they raise
@@ -34,7 +35,7 @@ class Plan:
     @cached_property
     def events(self) -> list[int]:
         """The event of each window."""
-        return P.assign_events(self.windows, len(self.texts))
+        return P.assign_events(self.windows, len(self.texts), self.durations)
 
     @cached_property
     def levels(self) -> list[Level]:
@@ -63,6 +64,9 @@ class Method(Protocol):
 
     def evaluations(self, plan: Plan, steps: int) -> int:
         """Number of windows that the model evaluates in the first `steps` steps."""
+
+    def spans(self, plan: Plan) -> list[tuple[float, float]]:
+        """Start and end of each event in this method's video, 0 to 1."""
 
     def describe(self, plan: Plan) -> str:
         """What is special about a run, for the printed plan; may be empty."""

@@ -44,6 +44,9 @@ class CSD:
     def evaluations(self, plan: Plan, steps: int) -> int:
         return steps * min(self.batch, len(plan.windows))
 
+    def spans(self, plan: Plan) -> list[tuple[float, float]]:
+        return plan.spans
+
     def describe(self, plan: Plan) -> str:
         return f"{self.steps(plan)} iterations of {self.evaluations(plan, 1)} windows, learning rate {self.lr:g}"
 

@@ -28,6 +28,7 @@ import syncos as S
 from backbones import Backbone, CogVideoX
 from extras.baselines import Callback, Plan
 from extras.processes import in_batches
+from prompts import event_spans
 from syncos import Level, PredictX0
 
 
@@ -53,6 +54,8 @@ class DiTCtrl:
             raise ValueError("ditctrl needs joint attention over text and video, which only CogVideoX has here.")
         if events < 2:
             raise ValueError("ditctrl joins events and this story has only one; use at least two.")
+        if len(set(plan.durations or ())) > 1:
+            raise ValueError("ditctrl gives all events the same time; leave out their durations.")
         each = r.frames_per_latent * (self.transitions + 1) * r.stride  # video frames per further event
         frames = r.frames_per_latent * (r.window - 1) + 1 + (events - 1) * each
         if frames != r.num_frames:
@@ -70,6 +73,10 @@ class DiTCtrl:
     def evaluations(self, plan: Plan, steps: int) -> int:
         windows = len(plan.windows)  # 10 in 50 steps: 684; 900 by the authors' code, which evaluates pairs in all steps
         return sum(2 * (windows - 1) if self.shares(level) else windows for level in plan.levels[:steps])
+
+    def spans(self, plan: Plan) -> list[tuple[float, float]]:
+        nearest = [int(i / (self.transitions + 1) + 0.5) for i in range(len(plan.windows))]  # event of most of the text
+        return event_spans(plan.windows, nearest)
 
     def describe(self, plan: Plan) -> str:
         shared = sum(self.shares(level) for level in plan.levels[:-1])

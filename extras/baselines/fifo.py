@@ -24,12 +24,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import prompts as P
 import syncos as S
 from backbones import Backbone, CogVideoX
 from extras.baselines import Callback, Plan
 from extras.processes import in_batches
 from syncos import Level
+
+
+def frame_events(plan: Plan) -> list[int]:
+    """Event of each latent frame: the one whose span contains its middle."""
+    frames = plan.recipe.latent_frames
+    return [next(e for e, (_, stop) in enumerate(plan.spans) if (k + 0.5) / frames < stop) for k in range(frames)]
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,15 @@ class Fifo:
     def evaluations(self, plan: Plan, steps: int) -> int:
         return count_evaluations(plan.recipe.num_inference_steps, plan.recipe.window, steps, self) if steps else 0
 
+    def spans(self, plan: Plan) -> list[tuple[float, float]]:
+        return plan.spans
+
     def describe(self, plan: Plan) -> str:
         return f"{self.steps(plan)} turns of a queue of {plan.recipe.num_inference_steps} frames"
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
         predict = in_batches(frame_predictor(backbone), plan.recipe.window_batch, done)
-        prompts = [plan.texts[event] for event in P.frame_events(plan.windows, plan.events)]
+        prompts = [plan.texts[event] for event in frame_events(plan)]
         with frame_norms(backbone):
             return fifo(
                 predict, latents, plan.levels, plan.recipe.window, prompts, self, generator, callback, start, x0

@@ -38,6 +38,7 @@ import syncos as S
 from extras.baselines import Plan
 from extras.models.videocrafter2 import VideoCrafter2
 from extras.processes import rank_and_world, together
+from prompts import assign_events, event_spans
 
 REACH = 4  # frames on either side that the four convolutions of a TemporalConvLayer see
 
@@ -68,6 +69,7 @@ class VideoInfinity:
             )
         if len(plan.texts) > N:  # [ours] the authors leave events out without a word
             raise ValueError(f"{len(plan.texts)} events do not fit into {N} clips; take fewer events or more frames.")
+        self.events(plan)  # raises if an event is too short
         if world > 1 and self.whole:
             raise ValueError("video-infinity with `whole` runs in one process only; start it without torchrun.")
         if N % world or (world > 1 and N // world * f < least):
@@ -81,12 +83,23 @@ class VideoInfinity:
     def evaluations(self, plan: Plan, steps: int) -> int:
         return steps * (plan.recipe.latent_frames // plan.recipe.window)
 
+    def events(self, plan: Plan) -> tuple[list[slice], list[int]]:
+        """Its clips, and the event of each: of even events, as the authors assign them."""
+        clips, E = S.make_windows(plan.recipe.latent_frames, plan.recipe.window, plan.recipe.window), len(plan.texts)
+        if len(set(plan.durations or ())) > 1:
+            return clips, assign_events(clips, E, plan.durations)
+        return clips, [n * E // len(clips) for n in range(len(clips))]
+
+    def spans(self, plan: Plan) -> list[tuple[float, float]]:
+        return event_spans(*self.events(plan))
+
     def describe(self, plan: Plan) -> str:
         return f"{self.evaluations(plan, 1)} clips of {plan.recipe.window} frames, one batch whatever --window_batch is"
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
         N, E, (rank, world) = len(latents) // plan.recipe.window, len(plan.texts), rank_and_world()
-        prompts, own = [plan.texts[n * E // N] for n in range(N)], slice(rank * N // world, (rank + 1) * N // world)
+        own = slice(rank * N // world, (rank + 1) * N // world)
+        prompts = [plan.texts[event] for event in self.events(plan)[1]]
         x = latents.float()
         with linked_clips(backbone.pipe.transformer, N // world, self, E):
             for step in range(start, len(plan.levels) - 1):

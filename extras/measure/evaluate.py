@@ -354,7 +354,7 @@ def place_story(
         raise ValueError(f"{path} has {count} frame; at least two are needed.")
     latents = (count - 1) // frames_per_latent + 1
     windows = make_windows(latents, min(window, latents), min(stride, window, latents))
-    spans = P.event_spans(windows, P.assign_events(windows, len(story.local_prompts)))
+    spans = P.event_spans(windows, P.assign_events(windows, len(story.local_prompts), story.durations))
     return windows, [(int(a * count), int(b * count)) for a, b in spans]
 
 

@@ -191,8 +191,8 @@ class Fading(SynCoS):
 
 def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]:
     """Plan and method of a scenario. change: the method's name ("method", default syncos) and its
-    fields; "steps", "num_frames"; "structured", whether windows see the global prompt; "fading", to
-    use `Fading`. Raises ValueError or TypeError."""
+    fields; "steps", "num_frames", "stride"; "structured", whether windows see the global prompt;
+    "fading", to use `Fading`. Raises ValueError or TypeError."""
     change, recipe = dict(change), model.recipe
     name, fading = change.pop("method", "syncos"), change.pop("fading", False)
     structured, steps = change.pop("structured", True), change.pop("steps", recipe.num_inference_steps)
@@ -236,8 +236,10 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
         backbone.set_levels(plan.levels)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(recipe.latent_frames, *recipe.latent, generator=generator)
-        keep(key, model.read(method.sample(backbone, plan, noise, generator), windows))
+        latents = method.sample(backbone, plan, noise, generator)
+        keep(key, model.read(latents, windows) | dict(events=events))
     seen, (_, actions, shape) = done[key], scenario(seed)
+    events = seen["events"]  # as the windows were told
     shapes, colors, places, _ = zip(*seen["fits"])
     follows = [float(fit[3] == actions[e]) for fit, e in zip(seen["fits"], events)]
     meets = [len(set(events[max(i - 1, 0) : i + 2])) > 1 for i in range(len(events))]  # next to another event's window
