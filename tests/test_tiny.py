@@ -21,7 +21,7 @@ from transformers import CLIPTextModel
 from extras.baselines import Plan
 from extras.methods import SynCoS
 from extras.models import get_recipe
-from extras.models.tiny import TINY, TINY_UNET
+from extras.models.tiny import TINY, TINY_UNET, time_as_rows
 from extras.models.videocrafter2 import SCHEDULER, VideoCrafter2
 from extras.tiny import train, unet
 from extras.tiny import world as W
@@ -420,7 +420,7 @@ def test_an_untrained_unet_returns_its_input_with_unit_spread():
 
 def test_temporal_convolutions_train_as_torchs():
     conv, x = torch.nn.Conv3d(6, 8, (3, 1, 1), padding=(1, 0, 0)), randn(2, 6, 5, 4, 3)
-    y = unet.time_as_rows(conv, x)
+    y = time_as_rows(conv, x)
     assert y.shape == conv(x).shape and maxdiff(y, conv(x)) < 1e-5
     ours, theirs = (torch.autograd.grad((z**2).sum(), [*conv.parameters()]) for z in (y, conv(x)))
     assert all(maxdiff(a, b) < 1e-4 for a, b in zip(ours, theirs))

@@ -60,10 +60,12 @@ def interval(values: list[float]) -> str:
 class TinyModel:
     """A tiny model, or another of its kind from a folder. guidance_scale: the recipe's if None."""
 
-    def __init__(self, folder: str, dtype: str, backbone: str = "tiny", guidance_scale: float | None = None):
+    def __init__(self, folder: str, dtype: str, backbone: str = "tiny", guidance_scale: float | None = None,
+                 device: str = "cpu"):  # fmt: skip
+        torch.backends.cudnn.allow_tf32 = False  # float32 is to mean the same on every device
         recipe = get_recipe(backbone, folder)
         self.recipe = recipe if guidance_scale is None else replace(recipe, guidance_scale=guidance_scale)
-        self.backbone = self.recipe.backbone(folder, "cpu", getattr(torch, dtype), self.recipe.guidance_scale)
+        self.backbone = self.recipe.backbone(folder, device, getattr(torch, dtype), self.recipe.guidance_scale)
         self.backbone.load()
         self.fitter = W.Fitter()
         weights = b"".join(path.read_bytes() for path in sorted(Path(folder).rglob("*.safetensors")))
@@ -373,6 +375,7 @@ def main() -> None:
     parser.add_argument("--backbone", choices=["tiny", "tiny-unet"], default="tiny", help="(default: %(default)s)")
     parser.add_argument("--model", help="the folder of another model of that kind")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the model; noise is drawn on the CPU (default: cpu)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the recipe's)")
     parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
     parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
@@ -381,7 +384,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that share the scenarios")
     parser.add_argument("--results", type=Path, default=Path("reproduce.jsonl"), help="(default: %(default)s)")
     args = parser.parse_args()
-    model = TinyModel(args.model or RECIPES[args.backbone].model, args.dtype, args.backbone, args.guidance_scale)
+    folder = args.model or RECIPES[args.backbone].model
+    model = TinyModel(folder, args.dtype, args.backbone, args.guidance_scale, args.device)
     try:
         rows = {method: (read_change(method, model), None) for method in args.methods}
     except ValueError as error:

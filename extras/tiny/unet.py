@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from extras.models.tiny import use_rows
 from extras.models.videocrafter2 import SCHEDULER, signal_scale
 from extras.tiny.fit import (
     TOKENS,
@@ -93,13 +94,6 @@ def make_unet() -> UNet3DConditionModel:
         unet.conv_out.weight[:, :8] = 0
         unet.conv_out.weight[:, :8, 1, 1] = pair.T
     return unet.eval()  # its dropout only slows a model that is far from memorising
-
-
-def time_as_rows(conv: torch.nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
-    """The temporal convolution (3, 1, 1) of x (n, C, F, H, W), as one over F x HW, which
-    trains faster on a CPU."""
-    y = F.conv2d(x.flatten(3), conv.weight[..., 0], conv.bias, padding=(1, 0))
-    return y.view(*y.shape[:3], *x.shape[3:])
 
 
 @functools.cache
@@ -226,8 +220,7 @@ def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: fl
         error = weighed_square(error_of_eps(models, x0, eps, t, ids), cells)
         return error if same is None else error + words_alike(text_encoder, same)
 
-    for conv in (m for m in unet.modules() if isinstance(m, torch.nn.Conv3d)):
-        conv.forward = functools.partial(time_as_rows, conv)
+    use_rows(unet)
     matrices = [p for name, p in unet.named_parameters() if "block" in name and p.ndim > 1]
     for name, batch_at, count, rate in zip(("pictures", "actions"), (pictures, actions), rounds, (lr, 0.8 * lr)):
         fit(name, [unet, text_encoder], batch_at, loss, count, rate, work, 0.998, matrices)
