@@ -46,9 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--list_scenarios", **flag, help="print the ready-made stories and stop")
 
     add = parser.add_argument_group("method").add_argument
-    add("--method", metavar="NAME",
-        help="syncos (default), gen-l-video, stage-2-alone, fifo, ditctrl, ditctrl-sde, csd, "
-            "video-infinity")  # fmt: skip
+    add("--method", metavar="NAME", help="syncos (default), gen-l-video, stage-2-alone, csd, fifo, ditctrl, "
+        "ditctrl-sde, video-infinity")  # fmt: skip
     add("--ablate", nargs="+", metavar="PART",
         help="remove parts of SynCoS: stage-1, stage-2, stage-2-keep-noise, stage-3, grounded-timestep, fixed-noise, "
              "t-min, structured-prompt")  # fmt: skip
@@ -62,6 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--csd_lr", type=float, help=f"stage 2: AdamW's learning rate {own}")
     add("--csd_batch", type=int, help=f"stage 2: windows per minibatch {own}")
     add("--t_min", type=float, help=f"stage 2 runs while t > t_min {own}")
+    add("--shared_noise", action=argparse.BooleanOptionalAction,
+        help=f"give all windows the same noise, each in another order {own}")  # fmt: skip
     add("--seed", type=int, help="same seed, same video (default: 0)")
 
     add = parser.add_argument_group("output").add_argument

@@ -295,6 +295,23 @@ def _randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 
+def share_noise(noise: Tensor, windows: Sequence[slice], generator: torch.Generator) -> Tensor:
+    """Give all windows the same noise, each in another order: the frames that one window leaves
+    behind return, shuffled, as the new frames of the next. [ours; FreeNoise, arXiv 2310.15169, does
+    this to the initial noise] noise: F x C x H x W, not changed.
+    """
+    noise = noise.clone()
+    for window, following in zip(windows, windows[1:]):
+        behind = window.start + torch.randperm(following.start - window.start, generator=generator)
+        noise[window.stop : following.stop] = noise[behind.to(noise.device)]
+    return noise
+
+
+def _draw_noise(x: Tensor, windows: Sequence[slice], settings: "Settings", generator: torch.Generator) -> Tensor:
+    noise = _randn_like(x, generator)
+    return share_noise(noise, windows, generator) if settings.shared_noise else noise
+
+
 # --------------------------------------------------------------------------------------------------
 # Stage 3: back to the sampling trajectory
 
@@ -327,6 +344,7 @@ class Settings:
     revert: bool = True  # stage 3. If off, the next step starts from x0, with no noise added [ours]
     grounded: bool = True  # stage 2 at the step's own t; else at a random one in each iteration
     noise: str = "fixed"  # above t_min: "fixed" baseline noise, "fresh" at every use, or "implied" by x_t and x0 (DDIM)
+    shared_noise: bool = False  # the same for all windows, see `share_noise` [ours]; give it the initial noise, too
 
     def __post_init__(self):
         for name in ("csd_iters", "csd_batch"):
@@ -420,7 +438,7 @@ def syncos_step(
     # baseline noise: drawn once per step, shared by stages 2 and 3; at or below t_min, DDIM's
     # implied noise [ours]
     baseline = s.noise != "implied" and level.t > s.t_min
-    noise = _randn_like(x, generator) if baseline else implied_noise(x, x0, level)
+    noise = _draw_noise(x, windows, s, generator) if baseline else implied_noise(x, x0, level)
 
     # stage 2: global, grounded at t
     if candidates := refine_levels(step, levels, s):

@@ -47,10 +47,11 @@ class SynCoS:
         if not (refined := refined_steps(levels, s)):
             return f"stage 2 never runs: no timestep is above t_min = {s.t_min:g}" if s.refine else ""
         last = levels[refined[-1]]
+        noise = ", noise shared by all windows" if s.shared_noise else ""
         return (
             f"stage 2 above t = {s.t_min:g}, in {len(refined)} steps, down to alpha/sigma = "
             f"{last.alpha / last.sigma:.2g}: {s.csd_iters} iterations of "
-            f"{min(s.csd_batch, len(plan.windows))} windows, learning rate {s.csd_lr:g}"
+            f"{min(s.csd_batch, len(plan.windows))} windows, learning rate {s.csd_lr:g}{noise}"
         )
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):

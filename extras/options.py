@@ -1,5 +1,5 @@
-"""From options to a plan: everything that can be known, and refused, before a model is loaded. All
-of this raises ValueError, one sentence that says what is wrong and what to do."""
+"""Turn options into a plan, and validate all of them before a model is loaded. Errors are
+ValueErrors of one sentence, which the user reads."""
 
 import argparse
 import json
@@ -80,7 +80,7 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
         c, (_, h, w) = recipe.frames_per_latent, recipe.latent
         own = dict(height=8 * h, width=8 * w, window_frames=c * (recipe.window - 1) + 1)
         recipe = replace(recipe.backbone.resize(recipe, *(own | size).values()), seconds={})
-    settings = replace(recipe.settings, **pick("csd_iters", "csd_lr", "csd_batch", "t_min"))
+    settings = replace(recipe.settings, **pick("csd_iters", "csd_lr", "csd_batch", "t_min", "shared_noise"))
     chosen = pick("stride", "num_frames", "num_inference_steps", "guidance_scale", "fps", "window_batch", "captions")
     recipe = replace(recipe, settings=settings, **chosen)
 
@@ -182,7 +182,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def check_unfinished(args: argparse.Namespace) -> None:
-    """Refuse names under which an earlier run left what took its time: state, latents, trace."""
+    """Refuse to overwrite the state, latents or trace of an earlier run."""
     latents, state = latents_file(args), state_file(args)
     if latents.exists():
         raise ValueError(
@@ -196,12 +196,12 @@ def check_unfinished(args: argparse.Namespace) -> None:
 
 
 def latents_file(args: argparse.Namespace) -> Path:
-    """Where the latents wait for decoding, or stay."""
+    """The file that keeps the latents until they are decoded, or for good (--save_latents)."""
     return args.output_path.with_suffix(".safetensors" if args.save_latents else ".undecoded.safetensors")
 
 
 def tidy(args: argparse.Namespace, latents: Path) -> None:
-    """Once the video is written, no latents wait for it."""
+    """Delete latents that are decoded, unless the user wants them."""
     if not (args.decode or args.save_latents):
         return latents.unlink(missing_ok=True)
     kept = latents.with_name(latents.name.replace(".undecoded.", "."))

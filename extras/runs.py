@@ -37,6 +37,7 @@ class Run:
         about = dict(model=r.model, dtype=str(self.dtype), seed=self.seed, frames=r.latent_frames, window=r.window)
         about |= dict(latent=r.latent, steps=r.num_inference_steps, guidance_scale=r.guidance_scale)
         about |= dict(texts=self.plan.texts, durations=self.plan.durations, stride=r.stride)
+        about |= dict(shared_noise=r.settings.shared_noise)
         about |= dict(methods={name: [type(m).__name__, asdict(m)] for name, m in self.methods.items()})
         return json.loads(json.dumps(about))
 
@@ -82,13 +83,13 @@ def sample(
     Resumes from `state` and keeps it up to date, on disk too if there is a path;
     look(method, step, x0) after each step.
     """
-    plan, r = run.plan, run.plan.recipe
+    plan = run.plan
     backbone.set_levels(plan.levels)
     for name, method in run.methods.items():
         if name in state.done:
             continue
         generator = torch.Generator().manual_seed(run.seed)
-        latents, x0 = torch.randn(r.latent_frames, *r.latent, generator=generator), None
+        latents, x0 = plan.noise(generator), None
         if state.step:
             latents, x0 = state.now["latents"], state.now["x0"].to(run.device)
             generator.set_state(state.now["generator"])

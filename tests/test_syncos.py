@@ -431,6 +431,31 @@ def test_baseline_noise_is_shared_by_stages_2_and_3():
         assert maxdiff(stage1 / level.sigma, first / level.sigma) > 1e-2  # new at each step
 
 
+@pytest.mark.parametrize("frames, stride", [(49, 4), (64, 8), (50, 7), (13, 4)])  # of 50, the last window moves back
+def test_shared_noise_is_the_same_in_every_window(frames, stride):
+    noise, windows = randn(frames, 1, 2, 2), S.make_windows(frames, 13, stride)
+    shared = S.share_noise(noise, windows, rng())
+    for window in windows:
+        assert sorted(shared[window].flatten(1).tolist()) == sorted(noise[:13].flatten(1).tolist())
+    assert torch.equal(noise, randn(frames, 1, 2, 2)) and torch.equal(shared, S.share_noise(noise, windows, rng()))
+
+
+def test_stages_2_and_3_share_the_shared_noise():
+    inputs, states = [], []
+
+    def model(x, t, prompts):
+        inputs.append(x)
+        return torch.zeros_like(x)
+
+    settings = S.Settings(t_min=0, csd_iters=1, csd_lr=0.0, shared_noise=True)
+    S.syncos(model, randn(5, 1, 2, 2), LEVELS[-4:], S.make_windows(5, 3, 2), ["a", "b"], settings, rng(),
+             callback=lambda *state: states.append(state[-1]), at_once=2)  # fmt: skip
+    ordered = lambda frames: frames.flatten(1)[frames.flatten(1)[:, 0].argsort()]  # noqa: E731
+    for refined, x, level, prev in zip(inputs[1::2], states, LEVELS[-4:-2], LEVELS[-3:-1]):  # x0 is 0 throughout
+        a, b = (ordered(window / level.sigma) for window in refined)
+        assert maxdiff(a, b) < 1e-5 and maxdiff(a, ordered(x[:3] / prev.sigma)) < 1e-5
+
+
 def test_below_t_min_the_step_is_ddim():
     trace = []
     run(callback=lambda step, t, x0, x: trace.append((t, x0, x)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import prompts as P
 from backbones import Backbone, Recipe
-from syncos import Level
+from syncos import Level, share_noise
 
 METHOD_OPTIONS = ("stride", "window_batch", "t_min", "csd_iters", "csd_lr", "csd_batch")  # not of every method
 Callback = Callable[[int, float, Tensor, Tensor], None]  # see `Method.sample`
@@ -36,6 +36,11 @@ class Plan:
     def events(self) -> list[int]:
         """The event of each window."""
         return P.assign_events(self.windows, len(self.texts), self.durations)
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """The initial noise, F x C x H x W, from which all methods start."""
+        noise = torch.randn(self.recipe.latent_frames, *self.recipe.latent, generator=generator)
+        return share_noise(noise, self.windows, generator) if self.recipe.settings.shared_noise else noise
 
     @cached_property
     def levels(self) -> list[Level]:
