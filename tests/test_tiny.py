@@ -2,6 +2,7 @@
 training, and the reproduction."""
 
 import json
+import math
 import re
 import sys
 import warnings
@@ -195,6 +196,11 @@ def test_what_is_read_of_a_video_sees_smears_blur_noise_and_a_change_of_place(ti
     assert noisy["fits"] == clean["fits"] and noisy["pictures"] < clean["pictures"] - 0.05  # the fits see through it
     moved = read(torch.cat([here[:33], there[33:]]))
     assert moved["pictures"] < clean["pictures"] - 0.1 and moved["fits"][1][2] == 2
+    for seen in (clean, noisy, moved):
+        assert (torch.tensor(seen["colors"]) - W.PALETTE[1]).abs().max() < 0.02
+    tinted = here.clone()
+    tinted[17:] *= 1 - 0.2 * W.masks(0, motion)[0][17:, None]  # a darker object, still nearest to the same name
+    assert read(tinted)["fits"][1][:3] == (0, 1, 1) and math.dist(*read(tinted)["colors"]) > 0.05
 
 
 def test_a_model_without_temporal_compression_is_read_frame_by_frame(tiny_unet):
@@ -222,6 +228,40 @@ def test_long_videos_are_measured_once(cheap, change, count):
     assert 0 <= values["structure flicker"] <= 9 and 0 <= values["at joins"] <= 1
     cheap.read = cheap.backbone.denoise = None
     assert R.long_video(cheap, 0, change, kept, None) == values
+
+
+def test_a_colour_drifts_within_its_name(cheap):
+    """Three windows: two alike, and one 0.3 away in green; pairs 0, 0.3 and 0.3."""
+    read = cheap.read
+    cheap.read = lambda latents, windows: read(latents, windows) | dict(colors=[(1, 0, 0)] * 2 + [(1, 0.3, 0)])
+    assert R.long_video(cheap, 0, dict(steps=1), kept := {}, kept.__setitem__)["colour drift"] == pytest.approx(0.2)
+
+
+def test_who_chooses_the_look_of_a_clip(cheap, capsys, monkeypatch):
+    """By hand, with a fit that sees the colour in the noise and the place in the prompt."""
+    captions = [f"A ball. {action}" for action in W.ACTIONS.values()]
+    noises = []
+
+    def clips(model, noise, prompts, steps):
+        assert prompts == captions and all(torch.equal(noise[0], x) for x in noise) and steps == 25
+        noises.append(noise[0])
+        return [(len(noises), n) for n in range(len(prompts))]
+
+    monkeypatch.setattr(R, "sample_clips", clips)
+    cheap.fitter = lambda video: ((0, *video, 0), None)
+    R.looks(cheap, 15, kept := {}, kept.__setitem__)
+    assert len(kept) == 3 and not torch.equal(noises[0], noises[1])
+    colour, place = capsys.readouterr().out.splitlines()
+    assert colour == "same colour: 1.00 [1.00, 1.00] with the same noise, 0.00 [0.00, 0.00] with the same prompt"
+    assert place == "same place: 0.00 [0.00, 0.00] with the same noise, 1.00 [1.00, 1.00] with the same prompt"
+
+
+def test_methods_start_from_shared_noise_if_the_recipe_shares_it(tiny_unet):
+    plan, own = (R.make_video(tiny_unet, 0, change)[0] for change in ({}, R.OWN))
+    noise = own.noise(rng())
+    assert torch.equal(noise, randn(64, 4, 8, 8)) and not torch.equal(noise, plan.noise(rng()))
+    for window in plan.windows:
+        assert sorted(plan.noise(rng())[window].flatten()) == sorted(noise[:16].flatten())
 
 
 def test_results_are_kept_apart_by_guidance(tiny):

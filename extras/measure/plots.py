@@ -110,7 +110,11 @@ def draw_cost(points: dict) -> plt.Figure:
             x = cost + 11 * sum(abs(cost - other) < 8 for other in taken)
             taken.append(cost)
             axis.errorbar(x, mean, [[mean - low], [high - mean]], fmt="oDs^vP*Xd"[n], color=f"C{n}", label=name)
-        axis.set(xlabel="model evaluations", title=f"{measure} ({better} is better)", xlim=(200, None))
+        axis.set(
+            xlabel="model evaluations (equal costs side by side)",
+            title=f"{measure} ({better} is better)",
+            xlim=(200, None),
+        )
         if better != "more":
             axis.invert_yaxis()
         if measure.startswith("distance"):

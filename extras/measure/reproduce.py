@@ -4,6 +4,9 @@ prompts leave colour and place open.
     python -m extras.measure.reproduce quality
         single clips from full captions: how far are they from a clean picture, and how many have
         the right shape, colour, place and action?
+    python -m extras.measure.reproduce looks
+        single clips from prompts that leave colour and place open: does the noise choose them, or
+        the prompt?
     python -m extras.measure.reproduce coherence
         four-event videos, SynCoS vs. Gen-L-Video or any settings: do the windows show one identity
         (colour and place), and do they follow their prompts?
@@ -16,6 +19,7 @@ file at once, so interrupted commands resume.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -82,18 +86,20 @@ class TinyModel:
         return (picture - video).square().mean((1, 2, 3)).tolist()
 
     def read(self, latents: Tensor, windows: list[slice]) -> dict:
-        """What a video shows: the story of each window, the mean square distance of each
-        latent frame from the nearest picture of these stories, its sharpness relative to
-        that picture, the similarity of the windows' middle frames as pictures
-        (noise included), and the values of `Watch`."""
-        watch, fits, motions = Watch(), [], {}
+        """What a video shows: the story and the object's colour in each window, the mean square
+        distance of each latent frame from the nearest picture of these stories, its sharpness
+        relative to that picture, the similarity of the windows' middle frames as pictures (noise
+        included), and the values of `Watch`."""
+        watch, fits, colors, motions = Watch(), [], [], {}
         for frame in (video := self.video(latents)):
             watch(frame.permute(1, 2, 0).mul(255).round().byte().numpy())
         each = self.recipe.frames_per_latent
         for w in windows:
             span = slice(each * w.start, each * (w.stop - 1) + 1)
-            story, motion = self.fitter(video[span][::each])
+            clip = video[span][::each]
+            story, motion = self.fitter(clip)
             fits.append(story)
+            colors.append(W.color_within(clip, story, motion))
             looks = motions.setdefault(story[:3], torch.full((len(video), 3), torch.nan))
             frames = span.stop - span.start
             looks[span] = F.interpolate(motion.T[None], frames, mode="linear", align_corners=True)[0].T
@@ -111,6 +117,7 @@ class TinyModel:
         seams = seam_ratio(watch.differences, window_joins(windows, each))
         return dict(
             fits=fits,
+            colors=colors,
             frames=frames,
             sharpness=edges.mean().item(),
             pictures=consistency(middles - middles.mean(1, keepdim=True)),  # so the cosine is a correlation
@@ -129,22 +136,27 @@ def slopes(video: Tensor) -> Tensor:
 # Single clips
 
 
+def sample_clips(model: TinyModel, noise: Tensor, captions: list[str], steps: int) -> list[Tensor]:
+    """Videos, T 3 H W each, by plain DDIM. noise: n f C H W; n captions."""
+    backbone, x = model.backbone, noise
+    levels = backbone.levels(steps)
+    backbone.encode(captions)
+    for level, prev in zip(levels, levels[1:]):
+        x0 = backbone.predict_x0(x, level.t, captions)
+        x = revert(x0, implied_noise(x, x0, level), prev)
+    return [model.video(z) for z in x]
+
+
 def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
-    """Print the quality of n clips of random stories, by plain DDIM in 50 steps, ten at a time."""
-    backbone, levels = model.backbone, model.backbone.levels(50)
+    """Print the quality of n clips of random stories, in 50 steps, ten at a time."""
     for batch in tqdm(range(0, n, 10), desc="clips / 10"):
         key = f"clips {model.name} {batch}"
         if key in done:
             continue
         generator = torch.Generator().manual_seed(batch)
         stories = W.sample_stories(10, generator)
-        captions = [W.caption(s) for s in stories]
-        backbone.encode(captions)
-        x = torch.randn(10, model.recipe.window, *model.recipe.latent, generator=generator)
-        for level, prev in zip(levels, levels[1:]):
-            x0 = backbone.predict_x0(x, level.t, captions)
-            x = revert(x0, implied_noise(x, x0, level), prev)
-        videos = [model.video(z) for z in x]
+        noise = torch.randn(10, model.recipe.window, *model.recipe.latent, generator=generator)
+        videos = sample_clips(model, noise, [W.caption(s) for s in stories], steps=50)
         keep(key, [[model.fitter(v)[0], s, model.distances(v)] for v, s in zip(videos, stories.tolist())])
     clips = [clip for batch in range(0, n, 10) for clip in done[f"clips {model.name} {batch}"]]
     pairs = [(got, asked) for got, asked, _ in clips]
@@ -158,6 +170,25 @@ def quality(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
         right = [[float(g == a) for g, a in zip(got, asked)] for got, asked in pairs if asked[3] == i]
         shares = ", ".join(f"{name} {sum(column) / len(right):.2f}" for name, column in zip(NAMES, zip(*right)))
         print(f"  {len(right)} clips of {phrase!r}: {shares}")
+
+
+def looks(model: TinyModel, n: int, done: dict, keep: Callable) -> None:
+    """Print how often two of n clips agree in colour and place: clips of one noise whose local
+    prompts differ, and clips of one prompt whose noises differ."""
+    captions, seen = [f"A ball. {action}" for action in W.ACTIONS.values()], []
+    for seed in tqdm(range(n // len(captions)), desc=f"clips / {len(captions)}"):
+        if (key := f"looks {model.name} {seed}") not in done:
+            generator = torch.Generator().manual_seed(500 + seed)
+            noise = torch.randn(1, model.recipe.window, *model.recipe.latent, generator=generator)
+            noise = noise.expand(len(captions), *noise.shape[1:])
+            videos = sample_clips(model, noise, captions, model.recipe.num_inference_steps)
+            keep(key, [model.fitter(video)[0] for video in videos])
+        seen.append(done[key])
+    agree = lambda clips, i: [float(a[i] == b[i]) for a, b in itertools.combinations(clips, 2)]  # noqa: E731
+    for i, name in enumerate(NAMES[1:3], 1):
+        noise = [statistics.mean(agree(clips, i)) for clips in seen]
+        prompt = [statistics.mean(agree(clips, i)) for clips in zip(*seen)]
+        print(f"same {name}: {interval(noise)} with the same noise, {interval(prompt)} with the same prompt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,13 +224,15 @@ class Fading(SynCoS):
 
 def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]:
     """Plan and method of a scenario. change: the method's name ("method", default syncos) and its
-    fields; "steps", "num_frames", "stride"; "structured", whether windows see the global prompt;
-    "fading", to use `Fading`. Raises ValueError or TypeError."""
+    fields; "steps", "num_frames", "stride", "shared_noise"; "structured", whether windows see the
+    global prompt; "fading", to use `Fading`. Raises ValueError or TypeError."""
     change, recipe = dict(change), model.recipe
     name, fading = change.pop("method", "syncos"), change.pop("fading", False)
     structured, steps = change.pop("structured", True), change.pop("steps", recipe.num_inference_steps)
     recipe = replace(recipe, num_inference_steps=steps, num_frames=change.pop("num_frames", recipe.num_frames))
     recipe = replace(recipe, stride=change.pop("stride", recipe.stride))
+    own = replace(recipe.settings, shared_noise=change.pop("shared_noise", recipe.settings.shared_noise))
+    recipe = replace(recipe, settings=own)
     if name == "syncos":
         settings = replace(recipe.settings, **change)
         method, recipe = (Fading if fading else SynCoS)(settings), replace(recipe, settings=settings)
@@ -229,6 +262,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     key = f"video {model.name} {method} {recipe.num_frames} {steps} {seed}" + " local" * (not structured)
     if recipe.stride != model.recipe.stride:
         key += f" stride {recipe.stride}"
+    key += " shared noise" * recipe.settings.shared_noise
     if key not in done:
         try:
             check_packages("cv2", "scenedetect")
@@ -237,8 +271,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
         backbone.encode(plan.texts)
         backbone.set_levels(plan.levels)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(recipe.latent_frames, *recipe.latent, generator=generator)
-        latents = method.sample(backbone, plan, noise, generator)
+        latents = method.sample(backbone, plan, plan.noise(generator), generator)
         keep(key, model.read(latents, windows) | dict(events=events))
     seen, (_, actions, shape) = done[key], scenario(seed)
     events = seen["events"]  # as the windows were told
@@ -261,6 +294,8 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
         starts = [w.start for w, a, b in zip(windows[1:], events, events[1:]) if a != b]
         joins = [each[k] for start in starts for k in (start, start + 1)]
         values["worst frame x 1000"], values["joins x 1000"] = 1000 * max(each), 1000 * statistics.mean(joins)
+    if "colors" in seen:
+        values["colour drift"] = torch.pdist(torch.tensor(seen["colors"])).mean().item()
     others = {"pictures": "picture consistency", "sharpness": "sharpness", "seams": "seams", "scenes": "scenes"}
     values |= {name: seen[k] for k, name in others.items() if k in seen}
     return values | {"evaluations": method.evaluations(plan, method.steps(plan))}
@@ -271,7 +306,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
 
 MEASURES = [  # of the content, and of the pictures
     ["subject consistency", "background consistency", "local fidelity", "global fidelity", "at joins", "elsewhere",
-     "identities", "structure flicker"],
+     "identities", "colour drift", "structure flicker"],
     ["picture consistency", "distance x 1000", "worst frame x 1000", "joins x 1000", "sharpness", "motion x 1000",
      "seams", "scenes"],
 ]  # fmt: skip
@@ -295,12 +330,13 @@ TABLES = {  # row: (change, (the paper's numbers for the row, those for SynCoS i
     "w/o t_min": (ABLATIONS["t-min"], ((0.724, 0.854, 0.373), TABLE_2)),
     "w/o structured prompt": (dict(structured=False), ((0.837, 0.903, 0.362), TABLE_2)),
 }
-TABLES_UNET = {  # the same for tiny-unet, in 20 steps; Video-Infinity is read clip by clip
-    "SynCoS": (dict(steps=20), None),
-    "SynCoS, 15 steps": ({}, None),  # the recipe
-    "Gen-L-Video": (dict(method="gen-l-video", steps=20), None),
-    "Video-Infinity": (dict(method="video-infinity", stride=16, steps=20), ((0.879, 0.943, 0.365), TABLE_5_UNET)),
-    "stage 2 alone": (dict(method="stage-2-alone", steps=20), None),
+OWN = dict(shared_noise=False)
+TABLES_UNET = {  # the same for tiny-unet, whose recipe shares the noise; Video-Infinity is read clip by clip
+    "SynCoS": ({}, None),
+    "SynCoS, own noise": (OWN, None),
+    "Gen-L-Video": (dict(method="gen-l-video", **OWN), None),
+    "Video-Infinity": (dict(method="video-infinity", stride=16, **OWN), ((0.879, 0.943, 0.365), TABLE_5_UNET)),
+    "stage 2 alone": (dict(method="stage-2-alone"), None),
 }
 SUMMARY = ["subject consistency", "background consistency", "local fidelity", "identities", "distance x 1000"]
 PAPERS = {  # measure: index of its number. Subject consistency appears twice, as the paper's features see noise too
@@ -371,13 +407,13 @@ SEEDS = dict(coherence=(100, 120), tables=(110, 170))  # settings are chosen on 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "coherence", "tables"])
+    parser.add_argument("what", choices=["quality", "looks", "coherence", "tables"])
     parser.add_argument("--backbone", choices=["tiny", "tiny-unet"], default="tiny", help="(default: %(default)s)")
     parser.add_argument("--model", help="the folder of another model of that kind")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of the model; noise is drawn on the CPU (default: cpu)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the recipe's)")
-    parser.add_argument("--clips", type=int, default=200, help="for quality (default: 200)")
+    parser.add_argument("--clips", type=int, default=200, help="for quality and looks (default: 200)")
     parser.add_argument("--scenarios", type=int, nargs=2, help=f"first and last + 1 (default: {SEEDS})")
     parser.add_argument("--methods", nargs="+", default=["syncos", "gen-l-video"], help="for coherence: names, or "
                         'changes to the settings as JSON, e.g. \'{"t_min": 600, "steps": 25}\'')  # fmt: skip
@@ -393,7 +429,7 @@ def main() -> None:
     if args.what == "tables":
         rows = TABLES_UNET if args.backbone == "tiny-unet" else TABLES
 
-    if args.what != "quality":
+    if args.what not in ("quality", "looks"):
         first, last = args.scenarios or SEEDS[args.what]
         if args.jobs > 1:  # others each measure part of the scenarios; then this one finds all results done
             cuts = [first + (last - first) * i // args.jobs for i in range(args.jobs + 1)]
@@ -418,8 +454,8 @@ def main() -> None:
         with args.results.open("a") as file:
             file.write(json.dumps([key, done[key]]) + "\n")
 
-    if args.what == "quality":
-        quality(model, args.clips, done, keep)
+    if args.what in ("quality", "looks"):
+        dict(quality=quality, looks=looks)[args.what](model, args.clips, done, keep)
     else:
         print_tables(measure_rows(model, range(first, last), rows, done, keep), rows)
 

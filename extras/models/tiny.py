@@ -89,7 +89,7 @@ TINY_UNET = replace(
     model=str(FOLDER / "checkpoint-unet"),
     latent=(4, 8, 8),
     stride=8,
-    settings=Settings(t_min=500, csd_iters=3, csd_lr=1.0),  # ours, see extras/measure/README.md
-    num_inference_steps=15,  # as fast as the default demo; extras/measure/README.md takes 20
+    settings=Settings(t_min=500, csd_iters=3, csd_lr=1.0, shared_noise=True),  # ours, see extras/measure/README.md
+    num_inference_steps=20,
     fps=8,
 )

@@ -182,6 +182,16 @@ def render(stories: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:
     return torch.stack(out)
 
 
+def color_within(video: torch.Tensor, story: tuple, motion: torch.Tensor) -> list[float]:
+    """The object's own red, green and blue, whatever the palette has: the median of what a fitted
+    object fills. video: (T, 3, SIZE, SIZE); story, motion: as from `Fitter`. Only the half of the
+    frames counts whose surroundings fit best: in others the place is another, and the fit wrong."""
+    fill, line = masks(story[0], motion)  # T H W each
+    around = ((video - backgrounds()[story[2]]).square().mean(1) * (fill + line == 0)).mean((1, 2))
+    best = around.argsort()[: (len(video) + 1) // 2]
+    return video[best].movedim(1, -1)[fill[best] == 1].median(0).values.tolist()
+
+
 class Fitter:
     """Reads a clip by fitting the renderer to it: its story, and the
     object's position and size in every frame.
