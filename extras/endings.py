@@ -1,4 +1,4 @@
-"""How a run ends: signals, and errors of every kind, once what there is is safe."""
+"""How a run ends: a signal or an error first saves what there is, then says why."""
 
 import signal
 import threading
@@ -47,9 +47,8 @@ def undisturbed(drop: bool = False) -> Iterator[None]:
 
 
 class Ending:
-    """A context that a run ends in: whatever stops it, first `keep(error)` makes safe what there
-    is and names its place, then one sentence says why. An error that nobody foresaw shows its
-    traceback, too."""
+    """Context of a run. Whatever stops it, `keep(error)` first saves what there is and says where;
+    then one sentence says why. An error of an unknown kind shows its traceback, too."""
 
     keep: Callable[[BaseException], str] = staticmethod(lambda error: "")
 

@@ -21,7 +21,7 @@ from extras.errors import causes, first_line
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would download a converted copy of a .bin
 SHOW_DOWNLOADS = not are_progress_bars_disabled()
-for logging in (diffusers_logging, transformers_logging):  # what they would report, we say in a line
+for logging in (diffusers_logging, transformers_logging):  # silence the libraries: we raise one-line errors
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 if SHOW_DOWNLOADS:  # disabled with the bars of loading; a download of gigabytes needs them
@@ -34,7 +34,7 @@ class Parts(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
-    def __init__(self, tokenizer, text_encoder, transformer, vae):  # no defaults: those diffusers would not move
+    def __init__(self, tokenizer, text_encoder, transformer, vae):  # DiffusionPipeline.to() skips what has a default
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
 
@@ -58,7 +58,7 @@ def load_network(kind: Any, model: str, folder: str, dtype: torch.dtype, strict:
         raise ValueError(f"Cannot load {name}: {path / 'config.json'} is missing.")
     check_pointers(path)
     options = dict(variant=variant) if (variant := only_variant(path)) else {}
-    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # it is ours to refuse them
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # we refuse them below
     try:
         network, info = kind.from_pretrained(model, subfolder=folder, dtype=dtype, **options)
     except torch.OutOfMemoryError:

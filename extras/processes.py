@@ -59,8 +59,8 @@ def choose_gpu(rank: int) -> int:
 
 
 def together(collective: Callable, *args: Any, **options: Any) -> None:
-    """Call what all processes have to call, once all are here: it never waits for one that is still
-    busy or has stopped. Raises ConnectionError if one has stopped."""
+    """Call a collective once all processes have come to it, so that it never hangs on one that has
+    stopped. Raises ConnectionError if one has."""
     if LINE:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # this GPU is here too; if it has failed, it says so here

@@ -94,8 +94,8 @@ def unfinished(path: Path) -> str:
 
 
 def fingerprints(model: str) -> dict[str, str]:
-    """What tells a model from others, wherever it lies: a hash for each file that shapes its
-    latents. model: a folder or hub id; empty for a hub id that was not downloaded."""
+    """Identify a model by its contents, not its place: a hash for each file that shapes latents.
+    model: a folder or hub id; empty for a hub id that was not downloaded."""
     folder = Path(model)
     try:
         if not folder.is_dir():

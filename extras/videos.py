@@ -34,8 +34,8 @@ def say(text: str) -> None:
 
 
 def open_streams(quiet: bool = False) -> None:
-    """Let nothing that is printed fail: not for want of a terminal, nor for a letter that it does
-    not have. quiet: print errors only."""
+    """Make printing safe: without a terminal, or with letters that it lacks. quiet: print errors
+    only."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None or (quiet and name == "stdout"):  # None: closed, or a program without a console
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
@@ -420,9 +420,9 @@ def write_story(
 ) -> None:
     """Write the video, methods side by side, and its contact sheet, frame by frame.
 
-    streams: method -> its `count` frames; events: start and end as fractions of the video,
-    and the prompt. Small frames are enlarged to about 256 rows; captions: add the prompt of
-    the current event; about: how it was made, for whoever finds the video later. Raises OSError.
+    streams: method -> its `count` frames; events: start and end as fractions of the video, and the
+    prompt. Small frames are enlarged to about 256 rows; captions: add the prompt of the current
+    event; about: how it was made, for whoever finds the video later. Raises OSError.
     """
     from tqdm import tqdm
 

@@ -1,5 +1,7 @@
 """The notebook runs from a clean kernel, and is committed with its outputs."""
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,11 @@ reason = "the notebook needs extras/requirements.txt"
 nbformat = pytest.importorskip("nbformat", reason=reason)
 nbclient = pytest.importorskip("nbclient", reason=reason)
 pytest.importorskip("ipykernel", reason=reason)
-pytest.importorskip("matplotlib", reason=reason)
+for package in ("matplotlib", "cv2", "scenedetect"):
+    pytest.importorskip(package, reason=reason)
+
+from extras.measure import reproduce as R  # noqa: E402
+from extras.models.tiny import TINY  # noqa: E402
 
 PATH = Path(__file__).parents[1] / "walkthrough.ipynb"
 
@@ -27,6 +33,21 @@ def test_committed_with_the_outputs_of_a_full_run():
     assert any("of 25:" in output.get("text", "") for output in outputs)  # the steps of the full run
     assert not any(cell.metadata for cell in notebook.cells)  # no times of execution
     assert PATH.stat().st_size < 2e6
+
+
+def test_the_last_figure_is_of_the_present_tables():
+    """The means printed with it are those of the tables, for every row."""
+    notebook = nbformat.read(PATH, 4)
+    texts = ["".join(output.get("text", "") for output in cell.outputs) for cell in code_cells(notebook)]
+    [text] = [text for text in texts if text.startswith("mean difference")]
+    done = dict(map(json.loads, (Path(R.__file__).parent / "tables.jsonl").read_text().splitlines()))
+    videos = R.measure_rows(R.TinyModel(TINY.model, "float32"), range(*R.SEEDS["tables"]), R.TABLES, done, None)
+    printed = {line[:30].strip(): list(map(float, line[30:].split())) for line in text.splitlines()[1:]}
+    measures = ["identities", "local fidelity", "distance x 1000"]
+    assert printed == {
+        row: [float(f"{statistics.mean(R.differences(videos, row, m)):.2f}") for m in measures]
+        for row in R.TABLES.keys() - {"SynCoS"}
+    }
 
 
 def test_runs_from_a_clean_kernel(monkeypatch):

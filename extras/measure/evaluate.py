@@ -97,9 +97,9 @@ def fidelity(features: Tensor, text: Tensor) -> float:
 
 
 def seam_ratio(differences: Sequence[float], joins: Iterable[int]) -> float:
-    """Mean frame difference at the joins divided by the median elsewhere. differences[i]
-    is between frames i and i + 1; a join is the number of the first frame after it. 1 if
-    there are no joins or nothing moves; infinite if only the joins move."""
+    """Mean frame difference at the joins divided by the median elsewhere. differences[i] is between
+    frames i and i + 1; a join is the number of the first frame after it. 1 if there are no joins or
+    nothing moves; infinite if only the joins move."""
     before = {join - 1 for join in joins}
     there = [d for i, d in enumerate(differences) if i in before]
     usual = statistics.median([d for i, d in enumerate(differences) if i not in before] or [0.0])

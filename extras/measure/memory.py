@@ -5,7 +5,6 @@ runs here would run on a GPU, and the live storages are the memory it would use.
 CUDA context (about 0.5 GiB), workspaces of kernels, and fragmentation in torch's allocator.
 """
 
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -232,33 +231,33 @@ def dry_run(
         yield "decode", memory.take()
 
 
-def snippet() -> dict[str, float]:
-    """Peaks in GiB of the README's CogVideoX-2B snippet, unchanged but for running one step."""
+def minimal() -> dict[str, float]:
+    """Peaks in GiB of extras/minimal.py, unchanged but for running one step."""
     import diffusers as D
     import imageio.v2 as imageio
 
-    [code] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
+    code = (Path(__file__).parents[1] / "minimal.py").read_text()
     figures, recipe, set_timesteps = {}, RECIPES["cogvideox"], D.CogVideoXDDIMScheduler.set_timesteps
+    decode = D.CogVideoXPipeline.decode_latents
 
     def from_pretrained(name: str, dtype: torch.dtype, **left_out: None) -> object:
         if "text_encoder" in left_out:
             figures["encode"] = memory.take()
         pipe = make_cogvideox(recipe, {"tokenizer", "text_encoder", "transformer", "vae"} - set(left_out))
-        pipe.to, decode = lambda device: pipe, pipe.decode_latents  # it is there already
         memory.take()
-
-        def decoded(latents: Tensor) -> Tensor:
-            figures["sample"] = memory.take()
-            video = decode(latents)
-            figures["decode"] = memory.take()
-            return video
-
-        pipe.decode_latents = decoded
         return pipe
+
+    def decode_latents(pipe: object, latents: Tensor) -> Tensor:
+        figures["sample"] = memory.take()
+        video = decode(pipe, latents)
+        figures["decode"] = memory.take()
+        return video
 
     with (
         meta_as_gpu() as memory,
         patch.object(D.CogVideoXPipeline, "from_pretrained", from_pretrained),
+        patch.object(D.CogVideoXPipeline, "to", lambda pipe, device: pipe),  # it is there already
+        patch.object(D.CogVideoXPipeline, "decode_latents", decode_latents),
         patch.object(D.CogVideoXDDIMScheduler, "set_timesteps", lambda self, steps: set_timesteps(self, 1)),
         patch.object(imageio, "mimwrite", lambda *_, **__: None),
     ):
@@ -267,9 +266,9 @@ def snippet() -> dict[str, float]:
 
 
 def rows() -> Iterator[tuple[str, str]]:
-    """Peak memory of each phase, for the README's snippet and every big backbone."""
-    for what, gib in snippet().items():
-        yield f"GPU memory, predicted, README's snippet, {what}", f"{gib:.1f} GiB"
+    """Peak memory of each phase, for extras/minimal.py and every big backbone."""
+    for what, gib in minimal().items():
+        yield f"GPU memory, predicted, extras/minimal.py, {what}", f"{gib:.1f} GiB"
     for name in MAKE:
         recipe = RECIPES[name]
         pipe = MAKE[name](recipe, ("text_encoder", "transformer", "vae"))

@@ -41,13 +41,13 @@ class Checked(Backbone):
     """
 
     text_length: int  # tokens that the text encoder reads
-    untiled = ""  # which model cannot decode in tiles, and why
+    untiled = ""  # what to say if --vae_tiling has no use
 
     def __init__(self, model: str, *args, **options):
         with from_hub(model):
             super().__init__(model, *args, **options)
         if self.tiling and self.untiled:
-            raise ValueError(f"{self.untiled} does not need --vae_tiling; leave it out.")
+            raise ValueError(self.untiled)
 
     @classmethod
     def inspect(cls, model: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Checked(Backbone):
                 warnings.warn(f"{unseen}.", stacklevel=2)
 
     def preview(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """`decode`, of few frames, in little memory beside the transformer's."""
+        """Decode a few frames while the transformer is still loaded."""
         return self.decode(latents)
 
 
@@ -191,7 +191,7 @@ class CheckedCogVideoX(Checked, CogVideoX):
 class CheckedOpenSoraPlan(Checked, OpenSoraPlan):
     """Refuses what is not Open-Sora Plan v1.3; other sizes."""
 
-    untiled = "Open-Sora Plan's decoder streams, so it"
+    untiled = "Open-Sora Plan's decoder streams and needs no --vae_tiling; leave it out."
     template = OpenSoraPlan.template
 
     @classmethod

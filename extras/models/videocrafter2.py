@@ -44,7 +44,7 @@ class VideoCrafter2(Checked):
 
     prediction = "epsilon"
     scheduler = SCHEDULER
-    untiled = "VideoCrafter2 decodes frame by frame, so it"
+    untiled = "VideoCrafter2 decodes frame by frame and needs no --vae_tiling; leave it out."
     text_length = 77
 
     @staticmethod
@@ -285,9 +285,9 @@ def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
 
 
 def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Any:
-    """Load some parts of the release, or of a folder in diffusers' format: unet
-    (the fps in its bias), vae, text_encoder (23 layers), tokenizer. The tokenizer is the folder's
-    own tokenizer/ if it has one, else TOKENIZER.
+    """Load some parts of the release, or of a folder in diffusers' format: unet (the fps in its
+    bias), vae, text_encoder (23 layers), tokenizer. The tokenizer is the folder's own
+    tokenizer/ if it has one, else TOKENIZER.
 
     Raises OSError or ValueError if something is missing or does not fit.
     """

@@ -22,7 +22,7 @@ class Wan(Checked):
     """
 
     prediction = "flow"
-    untiled = "Wan's decoder streams, so it"
+    untiled = "Wan's decoder streams and needs no --vae_tiling; leave it out."
     frame_timesteps = True
     negative_prompt = (  # ours, in English; the authors' own, in Chinese, is longer
         "gaudy colours, overexposed, blurred details, subtitles, drawing, grey all over, worst quality, low quality, "
