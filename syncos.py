@@ -298,7 +298,9 @@ def _randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 def share_noise(noise: Tensor, windows: Sequence[slice], generator: torch.Generator) -> Tensor:
     """Give all windows the same noise, each in another order: the frames that one window leaves
     behind return, shuffled, as the new frames of the next. [ours; FreeNoise, arXiv 2310.15169, does
-    this to the initial noise] noise: F x C x H x W, not changed.
+    this to the initial noise]
+
+    noise: F x C x H x W, for the initial or the baseline noise. Returns that shape.
     """
     noise = noise.clone()
     for window, following in zip(windows, windows[1:]):
@@ -307,9 +309,10 @@ def share_noise(noise: Tensor, windows: Sequence[slice], generator: torch.Genera
     return noise
 
 
-def _draw_noise(x: Tensor, windows: Sequence[slice], settings: "Settings", generator: torch.Generator) -> Tensor:
+def _baseline_noise(x: Tensor, windows: Sequence[slice], shared: bool, generator: torch.Generator) -> Tensor:
+    """The noise that stages 2 and 3 of one step share, F x C x H x W like x."""
     noise = _randn_like(x, generator)
-    return share_noise(noise, windows, generator) if settings.shared_noise else noise
+    return share_noise(noise, windows, generator) if shared else noise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,7 +347,7 @@ class Settings:
     revert: bool = True  # stage 3. If off, the next step starts from x0, with no noise added [ours]
     grounded: bool = True  # stage 2 at the step's own t; else at a random one in each iteration
     noise: str = "fixed"  # above t_min: "fixed" baseline noise, "fresh" at every use, or "implied" by x_t and x0 (DDIM)
-    shared_noise: bool = False  # the same for all windows, see `share_noise` [ours]; give it the initial noise, too
+    shared_noise: bool = False  # all windows get the same baseline noise [ours]; give them the same initial one, too
 
     def __post_init__(self):
         for name in ("csd_iters", "csd_batch"):
@@ -438,7 +441,7 @@ def syncos_step(
     # baseline noise: drawn once per step, shared by stages 2 and 3; at or below t_min, DDIM's
     # implied noise [ours]
     baseline = s.noise != "implied" and level.t > s.t_min
-    noise = _draw_noise(x, windows, s, generator) if baseline else implied_noise(x, x0, level)
+    noise = _baseline_noise(x, windows, s.shared_noise, generator) if baseline else implied_noise(x, x0, level)
 
     # stage 2: global, grounded at t
     if candidates := refine_levels(step, levels, s):
@@ -463,9 +466,10 @@ def syncos(
 ) -> Tensor:
     """Sample a long video: the paper's whole method (Fig. 5).
 
-    latents: the initial noise, F x C x H x W, float32; levels: from `diffusion_levels` or
-    `flow_levels`; windows: from `make_windows`; prompts: one per window; generator: on the CPU, the
-    source of all randomness; at_once: windows per call of `predict_x0`.
+    latents: the initial noise, F x C x H x W, float32 (with settings.shared_noise, from
+    `share_noise`); levels: from `diffusion_levels` or `flow_levels`; windows: from `make_windows`;
+    prompts: one per window; generator: on the CPU, the source of all randomness; at_once: windows
+    per call of `predict_x0`.
     callback(step, t, x0, latents) is called after every step with its estimate and its result.
     Returns the clean latents, F x C x H x W. Raises ValueError if arguments do not fit together or
     no stage would ask the model; warns if stage 2 is asked for and never runs.
