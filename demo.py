@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def make_parser() -> argparse.ArgumentParser:
-    kind = argparse.RawDescriptionHelpFormatter
+    kind, both = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser("demo.py", description=__doc__, formatter_class=kind)
     own, flag = "(default: the backbone's)", dict(action="store_const", const=True)  # None: not given
     add = parser.add_argument_group("model").add_argument
@@ -61,13 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--csd_lr", type=float, help=f"stage 2: AdamW's learning rate {own}")
     add("--csd_batch", type=int, help=f"stage 2: windows per minibatch {own}")
     add("--t_min", type=float, help=f"stage 2 runs while t > t_min {own}")
-    add("--shared_noise", action=argparse.BooleanOptionalAction,
-        help=f"give all windows the same noise, each in another order {own}")  # fmt: skip
+    add("--shared_noise", action=both, help=f"give all windows the same noise, each in another order {own}")
     add("--seed", type=int, help="same seed, same video (default: 0)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=Path, help=".mp4, .gif or .webp (default: output.mp4)")
-    add("--captions", action=argparse.BooleanOptionalAction, help=f"the current event's prompt under the picture {own}")
+    add("--captions", action=both, help=f"the current event's prompt under the picture {own}")
     add("--fps", type=float, help=f"frames per second {own}")
     add("--save_latents", **flag, help="keep the latents (.safetensors beside the video)")
     add("--trace", type=Path, metavar="FILE", help="how the estimates developed (.safetensors); "
@@ -89,6 +88,7 @@ if __name__ == "__main__":  # parse first, import after: --help and a mistyped o
     ARGS = make_parser().parse_args()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Python's imports would answer with pages
         signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped."))
+    import extras  # noqa: F401, it names packages that are missing or too old
 
 import warnings
 from dataclasses import replace
