@@ -1,7 +1,7 @@
 """Videos, contact sheets, tensors on disk, and checks of arguments.
 
-Frames are H x W x 3 uint8 arrays, one at a time. Files are written
-completely or not at all: `replacing`.
+Frames are H x W x 3 uint8 arrays, one at a time. Files are written completely or not at all:
+`replacing`.
 """
 
 import functools
@@ -114,8 +114,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path, absolute, that replaces `path` at the end.
     Raises OSError, one sentence that names `path`.
 
-    Its name is short and nobody else's, so two runs that write the
-    same file do not collide.
+    Its name is short and nobody else's, so two runs that write the same file do not collide.
     """
     partial = path.absolute().with_name(f".partial-{uuid4().hex[:12]}{path.suffix}")
     try:
@@ -145,8 +144,8 @@ def write_tensors(path: Path, what: str, tensors: dict[str, Any], about: dict[st
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `write_tensors` wrote, whole: Windows cannot replace a file that tensors are
-    mapped to. Raises ValueError if the file is missing, damaged or of another kind."""
+    """Read what `write_tensors` wrote, whole: Windows cannot replace a file that tensors are mapped
+    to. Raises ValueError if the file is missing, damaged or of another kind."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -160,8 +159,8 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def read_frames(path: Path) -> tuple[Iterator[np.ndarray], float]:
-    """Frames of a video file, without repeats where the rate varies, and its frame rate. A GIF
-    that states no rate has 10, as in browsers.
+    """Frames of a video file, without repeats where the rate varies, and its frame rate. A GIF that
+    states no rate has 10, as in browsers.
 
     Raises ValueError if it has no frames, or is a WebP, which stores equal frames once.
     """
@@ -204,8 +203,8 @@ def count_frames(path: Path) -> int:
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], fps: float, comment: str = "") -> None:
-    """Write frames as mp4 that plays everywhere, with a comment in its metadata, or
-    as gif or webp. Raises OSError with ffmpeg's own reason."""
+    """Write frames as mp4 that plays everywhere, with a comment in its metadata, or as gif or webp.
+    Raises OSError with ffmpeg's own reason."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     first = next(frames)
@@ -428,9 +427,9 @@ def write_story(
 
     spans = [(int(count * start), int(count * stop)) for (start, stop), _ in events]
     rows = []  # eight frames spread over each event
-    for i, ((start, stop), (_, text)) in enumerate(zip(spans, events), 1):
-        numbers = [int(start + (stop - start) * (k + 0.5) / 8) for k in range(8)]
-        rows.append((numbers, f"{i} \u00b7 {start / fps:.1f} to {stop / fps:.1f} s \u00b7 {text}"))
+    for i, ((first, end), ((start, stop), text)) in enumerate(zip(spans, events), 1):
+        numbers = [int(first + (end - first) * (k + 0.5) / 8) for k in range(8)]
+        rows.append((numbers, f"{i} \u00b7 {start * count / fps:.1f} to {stop * count / fps:.1f} s \u00b7 {text}"))
     wanted = set(chain(*(numbers for numbers, _ in rows)))
     picked: dict[str, dict[int, np.ndarray]] = {name: {} for name in streams}
 

@@ -329,3 +329,11 @@ def test_webp_is_whole_even_if_nothing_moves(tmp_path):
     assert picture.info["loop"] == 0  # for ever
     path.write_bytes(path.read_bytes()[:-1])
     assert not V.is_whole(path, 20)
+
+
+def test_the_sheet_gives_an_event_the_times_of_the_plan(monkeypatch, tmp_path):
+    """0.743 of 193 frames is 143.4 frames, 8.96 s: not the 8.94 s of whole frames."""
+    sheets, frames = [], iter([np.zeros((16, 16, 3), np.uint8)] * 193)
+    monkeypatch.setattr(V, "contact_sheet", lambda *args: sheets.append(args))
+    V.write_story(tmp_path / "a.mp4", {"": frames}, 193, 16, [((0, 0.743), "a"), ((0.743, 1), "b")], "title")
+    assert [text for _, text in sheets[0][2]] == ["1 \u00b7 0.0 to 9.0 s \u00b7 a", "2 \u00b7 9.0 to 12.1 s \u00b7 b"]
