@@ -80,8 +80,8 @@ class Backbone:
                                         flow_levels
         load_pipe(*parts)               an object with those of tokenizer, text_encoder, transformer
                                         and vae as attributes, and None for the others. It can
-                                        `to(device=...)` and, for offload, what diffusers'
-                                        pipelines can: any DiffusionPipeline will do
+                                        `to(device=...)` and, for offload, what diffusers' pipelines
+                                        can: any DiffusionPipeline will do
         encode_text(pipe, text)         a prompt as a tuple of tensors without a batch axis, each of
                                         one shape for all prompts
         denoise(x, t, *texts)           the network's raw output. x: B x f x C x H x W in `dtype`;

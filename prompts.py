@@ -10,7 +10,6 @@
 from __future__ import annotations  # for Python 3.8 to 3.10
 
 import argparse
-import codecs
 import json
 import sys
 from bisect import bisect_right
@@ -78,8 +77,7 @@ def load_story(path: str | Path) -> Story:
     """A story from a JSON file in UTF-8, or UTF-16 with a byte order mark. Raises ValueError."""
     try:
         data = Path(path).read_bytes()
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return parse_story(data.decode("utf-16" if utf16 else "utf-8-sig"))
+        return parse_story(data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read the story {path}: {getattr(error, 'strerror', 'not a text file')}.") from None
     except ValueError as error:
@@ -88,9 +86,8 @@ def load_story(path: str | Path) -> Story:
 
 def to_json(story: Story) -> str:
     """JSON that `parse_story` reads."""
-    data = {"global": story.global_prompt, "local": story.local_prompts}
-    data |= {"durations": story.durations} if story.durations else {}
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    data = {"global": story.global_prompt, "local": story.local_prompts, "durations": story.durations}
+    return json.dumps({k: v for k, v in data.items() if v is not None}, indent=2, ensure_ascii=False) + "\n"
 
 
 def assign_events(windows: Sequence[slice], events: int, durations: Sequence[float] | None = None) -> list[int]:

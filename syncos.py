@@ -1,8 +1,8 @@
 """SynCoS: Synchronized Coupled Sampling for multi-event long video generation (arXiv 2503.08605).
 
-A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with
-it, without training: several events in turn, one subject and one scene throughout. Every
-denoising step couples three stages:
+A text-to-video diffusion model makes clips of f latent frames. SynCoS makes F >> f frames with it,
+without training: several events in turn, one subject and one scene throughout. Every denoising step
+couples three stages:
 
     1. temporal_codenoise   local:   predict each window on its own, average overlaps     (DDIM)
     2. csd_refine           global:  pull all windows towards one coherent video          (CSD)
@@ -78,8 +78,8 @@ def flow_levels(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[Lev
     """Noise levels of a rectified flow: alpha = 1 - sigma (the paper's appendix).
 
     sigmas: one per step and the final 0, as diffusers' flow schedulers list them; timesteps:
-    one per step, descending. Returns one level per step and the final one. Raises ValueError if
-    the two lists do not fit together.
+    one per step, descending. Returns one level per step and the final one. Raises ValueError if the
+    two lists do not fit together.
     """
     _check_descending(timesteps)
     if len(sigmas) != len(timesteps) + 1:

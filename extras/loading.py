@@ -1,5 +1,4 @@
-"""What all loaders share: every part of a model loads completely, or is refused
-in a sentence with the first key."""
+"""What all loaders share: a part of a model loads completely, or a sentence names the first key."""
 
 import os
 import pickle
@@ -46,12 +45,12 @@ class Parts(DiffusionPipeline):
 
 
 def load_network(kind: Any, model: str, folder: str, dtype: torch.dtype, strict: bool = False) -> nn.Module:
-    """A network of diffusers or transformers, by its class, from a folder of a
-    model (hub id or path; "": its root).
+    """A network of diffusers or transformers, by its class, from a folder of a model (hub id or
+    path; "": its root).
 
-    A local folder that has only one variant (*.fp16.safetensors) loads that. strict: keys that
-    the network does not have are an error, too. Raises ValueError if a file is missing or
-    damaged, or a key is missing or unfit.
+    A local folder that has only one variant (*.fp16.safetensors) loads that. strict: keys that the
+    network does not have are an error, too. Raises ValueError if a file is missing or damaged, or a
+    key is missing or unfit.
     """
     name, path = f"{model}/{folder}".rstrip("/"), Path(model) / folder
     if Path(model).is_dir() and not (path / "config.json").is_file():

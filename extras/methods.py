@@ -1,5 +1,4 @@
-"""The methods that the demo and the measurements offer. A new one is a class in a
-file of its own and a line here."""
+"""The methods that one can choose. A new one is a class in a file of its own and a line here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

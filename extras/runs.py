@@ -80,8 +80,8 @@ def sample(
 ) -> dict[str, Tensor]:
     """Latents of each method, F x C x H x W, all from the same initial noise.
 
-    Resumes from `state` and keeps it up to date, on disk too if there is a path;
-    look(method, step, x0) after each step.
+    Resumes from `state` and keeps it up to date, on disk too if there is a path; look(method, step,
+    x0) after each step.
     """
     plan = run.plan
     backbone.set_levels(plan.levels)

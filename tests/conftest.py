@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["none", "model", "sequential"])
 def offload(request, monkeypatch):
-    """With the CPU as the device, which diffusers calls cpu:0; for
-    sequential offload that is not the CPU."""
+    """With the CPU as the device, which diffusers calls cpu:0; for sequential offload that is not
+    the CPU."""
     hook = accelerate.cpu_offload
     monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: hook(model, "cpu", **options))
     return request.param

@@ -1,5 +1,4 @@
-"""What several test files share: random tensors, exact denoisers, the
-command line, processes, tiny models."""
+"""What tests share: random tensors, exact denoisers, the command line, processes, tiny models."""
 
 import json
 import os
@@ -74,8 +73,7 @@ def make_flow(steps=20, shift=3.0):
 
 
 class Gaussian:
-    """Exact denoiser for latents ~ N(float(prompt), std^2): E[x0 | x_t] in closed
-    form. Counts the windows it sees."""
+    """Exact denoiser, E[x0 | x_t], for latents ~ N(float(prompt), std^2). Counts its windows."""
 
     def __init__(self, levels, std=0.5):
         self.at = {level.t: level for level in levels}
@@ -230,8 +228,7 @@ def golden(name):
 
 
 def make_golden(kind, name, prefix="sd.", config="config"):
-    """A model of a class of extras/ports with the configuration
-    and the weights of a golden file."""
+    """A model of a class of extras/ports with configuration and weights of a golden file."""
     tensors, metadata = golden(name)
     model = kind.from_config(metadata[config])
     model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

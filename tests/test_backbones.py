@@ -1,5 +1,4 @@
-"""What all backbones share, and the CogVideoX adapter against diffusers'
-own pipeline, on random weights."""
+"""What all backbones share, and the CogVideoX adapter against diffusers' pipeline."""
 
 import json
 import shutil
@@ -241,8 +240,8 @@ def test_half_precision_model_float32_state(sincos_folder):
 
 
 def test_what_must_stay_float32_does(sincos_folder):
-    """T5's `wo` overflows in float16, so transformers keeps it in float32, also
-    through a pipeline's placement."""
+    """T5's `wo` overflows in float16, so transformers keeps it in float32, also through a
+    pipeline's placement."""
     pipe = CogVideoX(sincos_folder, dtype=torch.float16).load_parts("tokenizer", "text_encoder")
     kept = {name.split(".")[-2] for name, p in pipe.text_encoder.named_parameters() if p.dtype == torch.float32}
     assert kept == {"wo"} and pipe.text_encoder.dtype == torch.float16
@@ -266,8 +265,7 @@ def test_a_missing_part_is_refused_by_name(sincos_folder, tmp_path):
 @pytest.mark.parametrize("steps, guidance", [(10, 6.0), (50, 6.0), (10, 1.0)])
 @torch.no_grad()
 def test_one_window_is_the_pipeline(pipeline_folder, steps, guidance):
-    """With one window and stage 2 off, adapter and loop are
-    CogVideoXPipeline, latents and frames."""
+    """With one window and stage 2 off, adapter and loop equal CogVideoXPipeline."""
     noise, backbone = randn(5, 4, 2, 4), prepared(pipeline_folder, guidance_scale=guidance)
     levels = backbone.levels(steps)
     assert levels[0].alpha == 0
@@ -356,8 +354,7 @@ def test_inspect(sincos_folder, tmp_path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_run_of_the_method(name):
-    """Schedule, windows and counts, with a perfect denoiser instead of the model;
-    t_min at the paper's noise levels."""
+    """Schedule, windows and counts with a perfect denoiser; t_min at the paper's noise levels."""
     r, calls = RECIPES[name], []
     s, levels = r.settings, r.backbone.make_levels(r.scheduler, r.num_inference_steps)
     windows = r.windows()

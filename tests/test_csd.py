@@ -73,8 +73,7 @@ def test_as_many_evaluations_as_syncos():
 
 
 def test_demo(base, tmp_path, capsys):
-    """4 steps x 3 windows + 2 refined steps x 2 x 3 = 24 evaluations of
-    SynCoS: 8 iterations of 3 windows."""
+    """4 steps x 3 windows + 2 refined steps x 2 x 3 = 24 of SynCoS: 8 iterations of 3 windows."""
     call(*base, "--compare", "csd", "gen-l-video", "--save_latents")
     captured = capsys.readouterr()
     assert "csd: 24 model evaluations (windows); 8 iterations of 3 windows, learning rate 0.2" in captured.out

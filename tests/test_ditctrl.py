@@ -62,8 +62,7 @@ def run(model, levels, windows=WINDOWS, texts=None, callback=None, generator=Non
 
 
 def naive(model, levels, windows, texts, sde):
-    """The authors' loops: all pairs in all steps, weighted sums frame by
-    frame, the solver in their symbols."""
+    """The authors' loops: all pairs in all steps, sums by frame, the solver in their symbols."""
     F, f, generator, last, h_last = windows[-1].stop, windows[0].stop, rng(1), None, None
     x = randn(F, *SHAPE[1:])
     for (t, a, s), (_, a2, s2) in zip(levels, levels[1:]):
@@ -132,8 +131,7 @@ def test_weights_by_hand():
 
 
 def test_the_sde_solver_samples_a_gaussian():
-    """Standard deviation 0.5 in the limit of small steps; DDIM's result
-    with as many steps is further away."""
+    """Standard deviation 0.5 in the limit; DDIM's with as many steps is further off."""
     levels, windows = LEVELS[50], S.make_windows(97, 13, 4)
     deviations = {sde: run(Gaussian(levels), levels, windows, sde=sde).std().item() for sde in (False, True)}
     assert deviations[False] < deviations[True] < 0.5 and deviations[True] == pytest.approx(0.457, abs=0.02)
@@ -193,8 +191,7 @@ X, PROMPTS = randn(4, 5, 4, 2, 4), ["it runs", "it jumps", "it sleeps", "it runs
 
 
 class SharedProcessor(CogVideoXAttnProcessor2_0):
-    """diffusers' processor, with keys and values of odd rows replaced
-    after the norm and the rotation."""
+    """diffusers' processor, with odd rows' keys and values replaced after norm and rotation."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         L = encoder_hidden_states.shape[1]

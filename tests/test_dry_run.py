@@ -1,5 +1,5 @@
-"""The GPU path on torch's `meta` device, small: shapes, precisions and devices
-fit, the memory is what it must be."""
+"""The GPU path on torch's `meta` device, small: shapes, precisions and devices fit, the memory is
+what it must be."""
 
 from dataclasses import replace
 

@@ -1,5 +1,4 @@
-"""The measures: against direct transcriptions, on videos with known answers, and the
-whole script on small networks."""
+"""The measures against transcriptions and known answers, and the whole script on small networks."""
 
 import json
 import shutil
@@ -32,8 +31,7 @@ FRAMES = 81  # 21 latents: 3 windows of 13
 
 
 def test_consistency_is_vbenchs_formula():
-    """Written out frame by frame, as VBench defines it; some
-    similarities are negative and count as 0."""
+    """Written out frame by frame, as VBench defines it; negative similarities count as 0."""
     features = randn(9, 4)
     cosine = lambda a, b: (a @ b / (a.norm() * b.norm())).item()  # noqa: E731
     total = 0.0
@@ -157,8 +155,7 @@ def test_scores_are_json_without_infinity(videos, networks, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Four videos whose order is known: a still, a slow drift of
-    colour, a hard cut, white noise."""
+    """Four videos whose order is known: a still, a slow drift of colour, a hard cut, noise."""
     folder, random = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
     a, b = (np.kron(random.integers(0, 255, (4, 6, 3)), np.ones((16, 16, 1))) for _ in range(2))
     mix = lambda share: a + (b - a) * share  # noqa: E731
@@ -230,8 +227,7 @@ def test_measures_do_not_depend_on_the_batch(videos, networks, scores):
 
 
 def test_smoothness_is_vbenchs_formula_by_a_line(videos, scores):
-    """Written out: every second frame against the mean of its
-    neighbours, in 255ths, from 1 down."""
+    """Every second frame against the mean of its neighbours, in 255ths, from 1 down."""
     frames = np.stack([frame.astype(float) for frame in E.read_frames(videos / "cut.mp4")[0]])
     lost = [np.abs(frames[i] - (frames[i - 1] + frames[i + 1]) / 2).mean() for i in range(1, FRAMES - 1, 2)]
     assert scores["cut"]["linear smoothness"] == pytest.approx((255 - np.mean(lost)) / 255, abs=1e-5)
@@ -241,8 +237,7 @@ def test_smoothness_is_vbenchs_formula_by_a_line(videos, scores):
 
 @pytest.mark.parametrize("speed, moves", [(0, 0), (1, 0), (2, 1)])
 def test_dynamic_degree_is_vbenchs_formula(speed, moves):
-    """6 pixels of 256 are 1.5 of 64. At 16 frames a second every second
-    frame counts; batches do not matter."""
+    """6 pixels of 256 are 1.5 of 64. At 16 frames a second every second frame counts."""
     flow = lambda a, b: torch.tensor([float(speed), 0]).view(2, 1, 1).expand(2, 64, 64)  # noqa: E731
     for fps, batch, pairs in ((8, 17, 16), (8, 5, 16), (16, 4, 8)):
         measure = E.DynamicDegree(flow)
@@ -325,8 +320,8 @@ def test_pictures_reach_the_networks_whole_and_upright(networks):
 
 
 def test_the_plane_shows_distances_as_they_are():
-    """Two methods whose trajectories lie in a plane: projected, all distances are
-    the same; the ends have mean 0."""
+    """Two methods whose trajectories lie in a plane: projected, all distances are the same; the
+    ends have mean 0."""
     flat = [randn(5, 7, 2, seed=i).double() for i in range(2)]
     basis = torch.linalg.qr(randn(9, 2, seed=5).double()).Q.T
     planes = E.principal_plane([x @ basis + 3 for x in flat])

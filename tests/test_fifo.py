@@ -1,5 +1,4 @@
-"""FIFO-Diffusion against a naive transcription and closed forms; models
-that take a timestep per frame."""
+"""FIFO-Diffusion against a naive version and closed forms; models with a timestep per frame."""
 
 import math
 from types import SimpleNamespace
@@ -57,8 +56,7 @@ def run(denoiser, levels, frames=9, size=4, prompts=None, callback=None, **setti
 
 
 def naive(denoiser, levels, frames, size, prompts, lookahead, eta, one_prompt):
-    """The algorithm with lists of (frame, step): each window's frames
-    are taken and put back one by one."""
+    """The algorithm with lists of (frame, step): windows take and put back frame by frame."""
     steps, generator = len(levels) - 1, rng(1)
     x = randn(frames, 2, 3, 3)[:size]
     for step in range(steps):
@@ -131,8 +129,7 @@ def test_the_queue_is_the_naive_one(lookahead, schedule, size, eta, one_prompt):
 
 @LOOKAHEAD
 def test_a_frame_by_itself_is_ddim(lookahead):
-    """With a denoiser of single frames, each frame after the base clip is DDIM
-    from the noise that entered for it."""
+    """With a denoiser of single frames, later ones are DDIM from the noise that entered."""
     queues = []
     look = lambda *args: queues.append(args[3])  # noqa: E731
     x = run(Frames(LEVELS), LEVELS, frames=20, callback=look, lookahead=lookahead, eta=0.0)
@@ -184,8 +181,7 @@ def test_windows_cover_the_queue_behind_their_context(lookahead):
 
 
 def test_costs():
-    """CogVideoX's 49 latent frames, by hand: the base clip and (steps - 13 + 49)
-    turns of 3 to 5 windows, or twice."""
+    """CogVideoX's 49 latent frames: the base clip, and steps - 13 + 49 turns of 3 to 5 windows."""
     for steps, with_, without in [(50, 738, 394), (52, 756, 404), (39, 489, 264), (65, 1075, 570)]:
         turns = count_turns(steps, 13, 49)
         assert count_evaluations(steps, 13, turns, Fifo()) == with_
@@ -194,8 +190,7 @@ def test_costs():
 
 @LOOKAHEAD
 def test_a_stopped_run_resumes(lookahead):
-    """From any turn's callback, bit for bit. The callback's tensors and
-    the arguments stay as they are."""
+    """From any turn's callback, bit for bit. Its tensors and the arguments stay as they are."""
     settings, prompts, noise = Fifo(lookahead, eta=1.0), [str(0.1 * k) for k in range(9)], randn(9, 2, 3, 3)
     args, kept = (LEVELS, 4, prompts, settings), []
     generator = rng(1)
@@ -230,8 +225,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_every_frame_is_converted_at_its_own_level():
-    """From the network's output to x0, for each kind of prediction and bit for bit;
-    t alone is the plain predict_x0."""
+    """For each kind of prediction, bit for bit; t alone is the plain predict_x0."""
     t = torch.tensor([[999, 916, 833], [3, 86, 916]], dtype=torch.float64)
     output, x, at = randn(2, 3, 4, 2, 2, seed=1), randn(2, 3, 4, 2, 2, seed=2), {level.t: level for level in LEVELS}
     calls, plain = [], lambda *args: "plain"
@@ -293,8 +287,7 @@ def test_a_frame_alone_is_the_model_at_its_timestep(model):
 
 
 def test_one_timestep_or_one_per_window_or_one_per_frame(model):
-    """Equal ones give the same; a frame's own moves its own output
-    most, and other windows not at all."""
+    """Equal ones give the same; a frame's own moves its own output most, other windows not."""
     plain = model(T[1:, 2])
     assert torch.equal(model(T[1:, 2].repeat(2)), plain) and near(model(T[1:, 2].expand(2, 5)), plain)
     out = model(T)
@@ -306,8 +299,7 @@ def test_one_timestep_or_one_per_window_or_one_per_frame(model):
 
 
 def test_a_cogvideox_norm_by_hand(sincos_folder):
-    """Each frame's tokens by the shift, scale and gate of its own timestep,
-    the text's by the middle frame's."""
+    """Each frame's tokens by its own timestep's shift, scale and gate, text by the middle's."""
     backbone = load(CogVideoX, sincos_folder)
     block = backbone.pipe.transformer.transformer_blocks[1]
     video, text, temb = randn(2, 15, 32), randn(2, 3, 32, seed=1), randn(2, 5, 8, seed=2)
@@ -369,8 +361,7 @@ def test_a_run_stays_on_the_device(rotary_folder):
 
 
 def test_demo_end_to_end(any_method, tmp_path, capsys, monkeypatch):
-    """Beside another method, with previews and a trace; a run that
-    stops in a turn resumes bit for bit."""
+    """Beside another method, with previews and a trace; a stopped run resumes bit for bit."""
     words = [*any_method, "--num_frames", 25, "--num_inference_steps", 6, "--save_latents", "--preview", 7]
     words += ["--compare", "fifo", "gen-l-video"]
     call(*words, "--trace", tmp_path / "trace.safetensors")

@@ -1,5 +1,4 @@
-"""The port of Open-Sora Plan v1.3 against the official code's outputs
-(tests/data, random weights), and its loading."""
+"""The port of Open-Sora Plan v1.3 against the official code (tests/data), and its loading."""
 
 import json
 
@@ -130,8 +129,7 @@ def test_pieces_equal_one_go(decoder, frames):
 
 
 def test_pieces_under_offload_hooks(decoder):
-    """accelerate's hooks copy what goes into a module; what is kept
-    between pieces must survive that."""
+    """accelerate's hooks copy what goes into a module; what is kept between pieces survives."""
     hooked = make_golden(WFVAEDecoder, "vae_tiny", "sd.decoder.")
     cpu_offload(hooked, execution_device="cpu")
     z = randn(1, 8, 5, 2, 3)
@@ -202,8 +200,7 @@ def test_prompts_carry_the_template_and_a_mask(opensora_release, monkeypatch):
 
 
 def test_a_text_encoder_in_a_bin_file_is_mapped_and_not_read(opensora_release, monkeypatch):
-    """The released file has 51.7 GB, decoder included; only the
-    encoder is read, in its own precision."""
+    """The released file has 51.7 GB; only the encoder is read, in its own precision."""
     folder = opensora_release / "mt5-xxl"
     (weights,) = folder.glob("*.safetensors")
     torch.save(load_file(weights), folder / "pytorch_model.bin")

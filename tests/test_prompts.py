@@ -23,8 +23,8 @@ def test_event_prompts_put_global_and_local_together():
 
 
 def test_files(tmp_path):
-    """A round trip; what editors leave: a byte order mark, Windows' line ends,
-    lines within a prompt; none at all."""
+    """A round trip; what editors leave: a byte order mark, Windows' line ends, lines within a
+    prompt; none at all."""
     path, story = tmp_path / "story.json", P.Story("A café.", ("Ein Bär läuft.", "b"))
     path.write_text(P.to_json(story), encoding="utf-8")
     assert P.load_story(path) == story

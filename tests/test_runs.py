@@ -46,8 +46,7 @@ def prepared(base):
 
 
 def fork(work, errors: Path) -> int:
-    """`work()` in a process of its own that ends as a program does, its
-    stderr in a file. Returns its number."""
+    """`work()` in a process of its own, stderr to a file. Returns the process's number."""
     if pid := os.fork():
         return pid
     try:

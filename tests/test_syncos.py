@@ -1,5 +1,4 @@
-"""The method against oracles: diffusers' schedulers, closed-form denoisers,
-autograd, naive loops, float64."""
+"""The method against oracles: diffusers' schedulers, exact denoisers, autograd, naive loops."""
 
 import ast
 import math
@@ -137,8 +136,7 @@ def test_gaussian_prior_in_closed_form(prediction):
 
 @pytest.mark.parametrize("levels", [LEVELS, LEVELS[1:], make_flow()], ids=["v", "eps", "flow"])
 def test_full_method_lands_on_a_gaussian_prior(levels):
-    """The whole loop, stage 2 included, samples around the prior's
-    mean for every kind of schedule."""
+    """The whole loop, stage 2 included, samples around the prior's mean for every schedule."""
     windows = S.make_windows(21, 5, 4)
     settings = S.Settings(t_min=600, csd_iters=5, csd_lr=0.1)
     x = S.syncos(Gaussian(levels), randn(21, 4, 6, 6), levels, windows, ["0.7"] * len(windows), settings, rng())
@@ -235,8 +233,7 @@ def test_kernel_and_its_gradient(B, scale):
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2])
 def test_kernel_at_full_size(spread):
-    """CogVideoX-2B's windows, 13 x 16 x 60 x 90, far apart and near each
-    other, by distances in float64."""
+    """CogVideoX-2B's windows, 13 x 16 x 60 x 90, far apart and near, by float64 distances."""
     B = 4
     x = randn(1, 13 * 16 * 60 * 90) + spread * randn(B, 13 * 16 * 60 * 90, seed=1)
     K, M = S.rbf_kernel(x)
@@ -274,8 +271,7 @@ def test_kernel_of_one_or_identical_windows_is_plain_distillation():
 
 @pytest.mark.parametrize("B", [2, 5])
 def test_windows_repel_when_scores_are_zero(B):
-    """With predictions equal to x0, a descent step moves every window away from
-    the others' kernel-weighted mean."""
+    """With predictions equal to x0, a step moves windows away from the others' weighted mean."""
     x0 = randn(B, 2, 1, 3, 3)
     g = S.csd_gradient(x0, LEVELS[5].alpha * x0, x0, LEVELS[5])
     before, after = torch.pdist(x0.view(B, -1)), torch.pdist((x0 - 0.1 * g).view(B, -1))
@@ -284,8 +280,7 @@ def test_windows_repel_when_scores_are_zero(B):
 
 @pytest.mark.parametrize("step", [1, 15])
 def test_gradient_against_the_formula_in_float64(step):
-    """g_i = w/B sum_j [k(X_j, X_i)(eps_hat_j - eps_j) - dk(X_j, X_i)/dX_j],
-    the sign of dk as in CSD's code."""
+    """g_i = w/B sum_j [k(X_j, X_i)(eps_hat_j - eps_j) - dk(X_j, X_i)/dX_j], as in CSD's code."""
     B, (_, a, s) = 4, LEVELS[step]
     x0, predicted, eps = (randn(B, 3, 2, 2, 2, seed=i).double() for i in range(3))
     X = a * x0 + s * eps
@@ -302,8 +297,7 @@ def test_gradient_against_the_formula_in_float64(step):
 
 
 def test_residual_keeps_its_digits_at_high_noise():
-    """At alpha = 1e-4 a float32 difference of noises is off by more than
-    10 %; ours is exact to rounding."""
+    """At alpha = 1e-4 a float32 difference of noises is off by more than 10 %; ours is not."""
     level = S.Level(998, 1e-4, (1 - 1e-8) ** 0.5)
     x0, eps = randn(1, 2, 2, 4, 4), randn(1, 2, 2, 4, 4, seed=1)
     predicted = x0 + 1e-3 * randn(1, 2, 2, 4, 4, seed=2)
@@ -315,8 +309,7 @@ def test_residual_keeps_its_digits_at_high_noise():
 
 
 def test_refine_against_a_transcription_in_float64():
-    """Three iterations over all windows: loops, differences of
-    noises and torch's AdamW in float64."""
+    """Three iterations over all windows: loops, differences of noises, torch's AdamW, float64."""
     level, windows, noise, start = LEVELS[6], S.make_windows(9, 5, 2), randn(9, 2, 2, 2, seed=5), randn(9, 2, 2, 2)
     prompts, model = ["0.1", "0.5", "0.9"], Gaussian(LEVELS)
     got = S.csd_refine(model, start, [level], noise, windows, prompts, rng(), iters=3, batch=3, lr=0.3)
@@ -413,8 +406,7 @@ def test_ablations_do_what_they_say():
 
 
 def test_baseline_noise_is_shared_by_stages_2_and_3():
-    """One frame, one window, a model that always answers 0: stage 2's input and
-    stage 3's output show their noise."""
+    """One frame, one window, a model that always answers 0: stages 2 and 3 show their noise."""
     seen, states = {}, {}
 
     def model(x, t, prompts):
@@ -547,8 +539,7 @@ def test_a_stopped_run_resumes_and_the_loop_keeps_its_input():
 
 
 def test_file_works_alone(tmp_path):
-    """Copied into an empty project it runs, and imports nothing but
-    torch and the standard library."""
+    """Copied into an empty project it runs, and imports only torch and the standard library."""
     shutil.copy(ROOT / "syncos.py", tmp_path)
     code = """
 import sys, torch, syncos as S
@@ -563,8 +554,7 @@ assert not {"diffusers", "transformers", "backbones", "prompts"} & set(sys.modul
 
 
 def imports(path, everywhere=True):
-    """What a file imports, `a.b.c` for `from a.b import c`; not
-    everywhere: only what it imports at once."""
+    """What a file imports, `a.b.c` for `from a.b import c`; not everywhere: only at once."""
     tree, found = ast.parse(path.read_text()), set()
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
@@ -575,8 +565,7 @@ def imports(path, everywhere=True):
 
 
 def test_imports_point_one_way():
-    """The method knows no backbone, backbones no baseline; only tests import the
-    demo, and only they measurements."""
+    """The method knows no backbone, backbones no baseline; only tests import the demo."""
     within = lambda name, package: f"{name}.".startswith(f"{package}.")  # noqa: E731
     assert {name.split(".")[0] for name in imports(ROOT / "syncos.py")} <= {"torch", *sys.stdlib_module_names}
     assert not any(within(name, "extras") for name in imports(ROOT / "backbones.py", everywhere=False))
@@ -596,8 +585,7 @@ def test_imports_point_one_way():
 
 
 class Clips:
-    """Exact denoiser over a finite set of clips: the posterior mean
-    is a softmax over distances to them.
+    """Exact denoiser over a finite set of clips: a softmax over the distances to them.
 
     A clip is F frames of a 1 x 8 x 8 picture: a bright dot before one of four backgrounds (its
     identity), moving right or left from any phase; the prompt fixes the motion alone.
@@ -634,8 +622,7 @@ class Clips:
 
 
 def test_purpose_fewer_identities_than_gen_l_video():
-    """Windows far apart choose one subject under SynCoS, several
-    under Gen-L-Video; over six seeds."""
+    """Windows far apart choose one subject under SynCoS, several under Gen-L-Video; six seeds."""
     model = Clips(LEVELS)
     windows = S.make_windows(30, Clips.F, 3)
     prompts = ["right"] * 5 + ["left"] * 4

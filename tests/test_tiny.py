@@ -1,5 +1,4 @@
-"""The tiny world and its checkpoint: the renderer, the fit that reads it back,
-training, and the reproduction."""
+"""The tiny world: the renderer, the fit that reads it back, training, and the reproduction."""
 
 import json
 import math
@@ -154,8 +153,7 @@ def test_unknown_words_get_one_warning(model, request):
 
 @pytest.mark.parametrize("model", ["tiny", "tiny_unet"])
 def test_single_clips_show_what_they_are_told_to(model, request):
-    """Four clips in 20 steps (extras/measure/reproduce.py: 200 in 50); one
-    mistake of the sixteen is forgiven."""
+    """Four clips in 20 steps (reproduce.py: 200 in 50); one mistake of sixteen is forgiven."""
     tiny, stories = request.getfixturevalue(model), torch.arange(4)[:, None].expand(4, 4)
     captions = [W.caption(s) for s in stories]
     tiny.backbone.encode(captions)
@@ -305,8 +303,7 @@ def test_a_verdict_needs_an_interval_on_one_side():
 
 
 def test_tables_compare_scenario_by_scenario(cheap, capsys):
-    """The printed means and differences are those of `long_video`; first
-    what is shown, then the pictures."""
+    """The printed means and differences are those of `long_video`; content, then pictures."""
     done, few, seeds, name = {}, dict(steps=2, t_min=300, csd_iters=1), range(3), "distance x 1000"
     rows = {"SynCoS": (few, None), "Gen-L-Video": (dict(method="gen-l-video", steps=2), R.TABLES["Gen-L-Video"][1])}
     R.print_tables(R.measure_rows(cheap, seeds, rows, done, done.__setitem__), rows)
@@ -359,8 +356,7 @@ def test_motion_goes_with_picture_consistency_as_the_page_says(page_videos):
 
 
 def test_the_pictures_on_the_page_are_of_the_tables_beside_it(page_videos):
-    """A picture's own numbers are those of the file; every row of
-    the tables is in the forest plot."""
+    """A picture's own numbers are those of the file; every row is in the forest plot."""
     for name, (numbers, _) in plots.PICTURES.items():
         drawn, points = json.loads(Image.open(PAGE.parent / name).text["data"]), numbers(page_videos)
         assert list(drawn) == list(points) and f"]({name})" in PAGE.read_text()
@@ -371,8 +367,7 @@ def test_the_pictures_on_the_page_are_of_the_tables_beside_it(page_videos):
 
 
 def test_points_of_pictures_by_hand():
-    """Differences are paired, and the paper's number lies beside them;
-    costs and means are the rows' own."""
+    """Differences are paired, the paper's number lies beside; costs and means are the rows'."""
     measures = {*plots.DIFFERENCES, *plots.AGAINST_COST}
     make = lambda values: [dict.fromkeys(measures, v) | dict(evaluations=7) for v in values]  # noqa: E731
     videos = {"SynCoS": make([5.0, 1.0, 9.0]), "Gen-L-Video": make([4.0, 0.0, 8.0])}

@@ -1,5 +1,4 @@
-"""What a first run with real weights meets, by kind: damaged files, long names,
-values that are not finite, ..."""
+"""What a first run with real weights meets: damaged files, long names, values not finite, ..."""
 
 import json
 import os
@@ -60,8 +59,7 @@ def filled(state, key, value):
 
 @pytest.mark.parametrize("name, fits", [("狐" * 75, True), ("狐" * 84, False), ("a" * 240, False), ("a" * 300, False)])
 def test_every_name_that_a_run_may_write_fits_or_is_refused(words, tmp_path, capsys, name, fits):
-    """Names are counted in bytes; the longest is the video's with
-    .undecoded.safetensors or .state.safetensors."""
+    """Names are counted in bytes; the longest ends in .undecoded.safetensors."""
     words = [*words, "--output_path", str(tmp_path / "out" / f"{name}.mp4")]
     if fits:
         call(*words, "--state", tmp_path / "out" / f"{'b' * 240}.safetensors")

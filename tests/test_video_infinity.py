@@ -1,5 +1,4 @@
-"""Video-Infinity against outputs of the official wrappers (tests/data), a
-naive version and the plain U-Net."""
+"""Video-Infinity against the official wrappers (tests/data), a naive version and the U-Net."""
 
 import json
 import os
@@ -40,8 +39,7 @@ BY_T = pytest.mark.parametrize("t", T.values(), ids=T)
 
 @pytest.fixture(scope="module")
 def unet():
-    """The network of both files. Video-Infinity's outputs were made
-    without the frame rate's embedding."""
+    """The network of both files. Video-Infinity's outputs lack the frame rate's embedding."""
     state = {key.removeprefix("sd."): value.float() for key, value in NETWORK[0].items() if key.startswith("sd.")}
     with mock.patch.dict(videocrafter2.RELEASE, unet=json.loads(NETWORK[1]["config"])):
         unet, state = videocrafter2.build_unet(state)
@@ -140,8 +138,7 @@ def naive(unet, x, t, text, clips, near, shared, bias, t_layout):
     (6, 1, 4, 12, 1.0, 800),
 ])  # fmt: skip
 def test_it_is_the_naive_one(unet, clips, frames, near, shared, bias, t_layout, t):
-    """Also a context longer than a clip, none, fewer shared frames than
-    clips or none, and t on the switch."""
+    """Also a context longer than a clip, none, few shared frames or none, and t on the switch."""
     settings = dict(near=near, shared=shared, bias=bias, t_layout=t_layout)
     x, text = inputs(clips, frames)
     expected = naive(unet, x, t, text, clips, **settings)

@@ -1,5 +1,4 @@
-"""VideoCrafter2 against the official code's outputs
-(tests/data, random weights), and its loading."""
+"""VideoCrafter2 against the official code (tests/data, random weights), and its loading."""
 
 import imageio.v3 as iio
 import numpy as np

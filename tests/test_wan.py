@@ -42,8 +42,7 @@ def prepared(folder, **options):
 @pytest.mark.parametrize("steps, guidance", [(1, 5.0), (10, 5.0), (10, 1.0)])
 @torch.no_grad()
 def test_one_window_is_the_pipeline(wan_folder, pipe, steps, guidance):
-    """With one window and stage 2 off, adapter and loop are WanPipeline by
-    Euler's steps, latents and frames."""
+    """With one window and stage 2 off, adapter and loop equal WanPipeline by Euler's steps."""
     noise, backbone = randn(F, C, H, W), prepared(wan_folder)
     backbone.guidance_scale = guidance
     levels, settings = backbone.levels(steps), Settings(**GEN_L_VIDEO)
@@ -75,8 +74,8 @@ def test_sampling_starts_at_pure_noise_where_stage_2_does_nothing(wan_folder):
 
 
 def test_t_min_is_the_noise_level_of_the_paper():
-    """t_min is where alpha / sigma is that of the paper's 800 on CogVideoX-2B, and
-    as many of 50 steps are above it."""
+    """t_min is where alpha / sigma is that of the paper's 800 on CogVideoX-2B, and as many of 50
+    steps are above it."""
     ours, paper = (r.backbone.make_levels(r.scheduler, 50) for r in (WAN, COGVIDEOX_2B))
     assert [sum(level.t > t_min for level in x) for x, t_min in ((ours, WAN.settings.t_min), (paper, 800))] == [10, 10]
     sigma = WAN.settings.t_min / 1000
@@ -139,8 +138,7 @@ def test_half_precision_model_float32_vae(wan_folder):
 
 
 def test_offload_changes_nothing_and_streamed_decoding_equals_one_go(wan_folder, pipe, monkeypatch, offload):
-    """Bit for bit, before frames are rounded to bytes. Offload by
-    model moves the VAE for each video."""
+    """Bit for bit, before frames are rounded to bytes. Offload by model moves the VAE per video."""
     moved, pre_forward = [], accelerate.hooks.CpuOffload.pre_forward
     backbone, plain = prepared(wan_folder, offload=offload), prepared(wan_folder)
     x, prompts = randn(2, F, C, H, W), [PROMPT, "it runs"]

@@ -1,13 +1,12 @@
-"""CSD: Collaborative Score Distillation for Consistent Visual Editing
-(arXiv 2307.04787), a baseline of the paper.
+"""A baseline: CSD, Collaborative Score Distillation for Visual Editing (arXiv 2307.04787).
 
 One optimisation makes the whole video from noise. Each iteration draws a minibatch of windows, a
 timestep and new noise, and one optimiser takes a step along the scores that the windows mix
 (`syncos.csd_gradient`). SynCoS's stage 2 differs: it starts from stage 1's estimate, with a new
 optimiser, at a grounded timestep with fixed noise.
 
-The result is that of one long call of `syncos.csd_refine`. This file adds what a
-long run needs: progress and resuming.
+The result is that of one long call of `syncos.csd_refine`. This file adds what a long run needs:
+progress and resuming.
 """
 
 from collections.abc import Sequence
@@ -70,12 +69,11 @@ def csd(
     start: int = 0,
     x0: Tensor | None = None,
 ) -> Tensor:
-    """Sample a long video; one iteration per turn of the loop. Arguments as for
-    `syncos.syncos`; settings with `iters`.
+    """Sample a long video, one iteration per turn. Arguments as for `syncos.syncos`.
 
-    callback(iteration, t, x0, moments) is called after every iteration, with AdamW's
-    two moments, 2 x F x C x H x W. A stopped run resumes from them in place of
-    `latents`; the rest as for `Method.sample`.
+    callback(iteration, t, x0, moments) is called after every iteration, with AdamW's two moments,
+    2 x F x C x H x W. A stopped run resumes from them in place of `latents`; the rest as for
+    `Method.sample`.
     """
     levels = [level for level in levels[:-1] if level.alpha > 0]
     x = (x0 if start else latents).float().clone()

@@ -1,5 +1,4 @@
-"""DiTCtrl: Tuning-Free Multi-Prompt Longer Video Generation
-(arXiv 2412.18597), a baseline of the paper.
+"""A baseline: DiTCtrl, Tuning-Free Multi-Prompt Longer Video Generation (arXiv 2412.18597).
 
 Each step denoises all windows of the long latent and averages their clean estimates, as Gen-L-Video
 does. Two things are added. Between two events lie windows whose text glides from one prompt to the
@@ -36,9 +35,9 @@ from syncos import Level, PredictX0
 class DiTCtrl:
     """The settings, and the method as `extras.baselines.Method` has it.
 
-    The windows are the plan's. CogVideoX's 13 latent frames at stride 4 overlap by 9;
-    with 2 transitions this is the default of the authors' code. Their paper has an
-    overlap of 6 (stride 7) and 1 transition.
+    The windows are the plan's. CogVideoX's 13 latent frames at stride 4 overlap by 9; with 2
+    transitions this is the default of the authors' code. Their paper has an overlap of 6 (stride 7)
+    and 1 transition.
     """
 
     transitions: int = 2  # windows with mixed texts between two events
@@ -108,8 +107,7 @@ def blend(parts: Tensor, windows: Sequence[slice], counts: Sequence[int], frames
 
 
 def sde_step(x: Tensor, x0: Tensor, last: Tensor | None, levels: Sequence[Level], step: int, noise: Tensor) -> Tensor:
-    """A step of SDE-DPM-Solver++(2M) (arXiv 2211.01095), from levels[step]
-    to the next. Tensors of one shape.
+    """A step of SDE-DPM-Solver++(2M) (arXiv 2211.01095), from levels[step] to the next.
 
     last: the previous step's x0; noise: N(0, I). With lambda = log(alpha / sigma), h is the step in
     lambda. Steps from and to infinite lambda, pure noise and clean, are of first order.
@@ -195,10 +193,10 @@ def mix_texts(backbone: Backbone, texts: Sequence[str], transitions: int) -> lis
 def pair_predictor(backbone: Backbone, depth: float) -> Iterator[PredictX0]:
     """Within this context: `predict_x0` for windows in pairs, source and target in turn.
 
-    In the last blocks the target takes all keys and values of its source, of text and
-    video tokens alike, in both halves of guidance: each odd row of the batch takes those
-    of the row before. They are replaced as they leave their projections; the norm and the
-    rotation that follow treat all rows alike.
+    In the last blocks the target takes all keys and values of its source, of text and video tokens
+    alike, in both halves of guidance: each odd row of the batch takes those of the row before. They
+    are replaced as they leave their projections; the norm and the rotation that follow treat all
+    rows alike.
     """
     transformer, sharing = backbone.pipe.transformer, False
 

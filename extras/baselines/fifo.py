@@ -1,13 +1,12 @@
-"""FIFO-Diffusion: Generating Infinite Videos from Text without Training
-(arXiv 2405.11473), a baseline of the paper.
+"""A baseline: FIFO-Diffusion, Infinite Videos from Text without Training (arXiv 2405.11473).
 
 A queue holds one latent frame at each noise level, in time order: almost clean at its head, pure
 noise at its tail. In each turn every frame is denoised by one step (diagonal denoising). The head
-is then clean and leaves, the others move up, and new noise enters at the tail. The queue is
-longer than the model's window, so several windows lie over it, none of which spans all levels
-(latent partitioning). With lookahead they overlap by half, and only the noisier half of each
-counts: those frames were denoised with cleaner ones before them. At the head these are frames
-that have left already, the context.
+is then clean and leaves, the others move up, and new noise enters at the tail. The queue is longer
+than the model's window, so several windows lie over it, none of which spans all levels (latent
+partitioning). With lookahead they overlap by half, and only the noisier half of each counts: those
+frames were denoised with cleaner ones before them. At the head these are frames that have left
+already, the context.
 
 Written from the authors' code (github.com/jjihwan/FIFO-Diffusion_public); [ours] marks what is not
 from there. The model must take a timestep per frame. CogVideoX-1.5 cannot: frames share tokens.
@@ -82,8 +81,8 @@ class Fifo:
 
 
 def stack_levels(levels: Sequence[Level], device: torch.device) -> Level:
-    """The levels of F frames as one that broadcasts. t: F, float64, on the CPU;
-    alpha and sigma: F x 1 x 1 x 1."""
+    """The levels of F frames as one that broadcasts. t: F, float64, on the CPU; alpha and sigma:
+    F x 1 x 1 x 1."""
     t, alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(-1)
     return Level(t, *(x[:, None, None, None].float().to(device) for x in (alpha, sigma)))
 
@@ -104,8 +103,7 @@ def queue_windows(steps: int, size: int, settings: Fifo) -> tuple[int, list[slic
 
 
 def count_turns(steps: int, size: int, frames: int) -> int:
-    """Number of turns in a run. The first `steps - size` only flush copies
-    of the base clip's first frame."""
+    """Turns of a run. The first `steps - size` flush copies of the base clip's first frame."""
     return steps - size + frames
 
 
@@ -212,8 +210,8 @@ def frame_predictor(backbone: Backbone) -> Callable[[Tensor, float | Tensor, lis
 
 @contextmanager
 def frame_norms(backbone: Backbone) -> Iterator[None]:
-    """Within this context CogVideoX takes a timestep per frame, B f of them;
-    diffusers' transformer has one per clip.
+    """Within this context CogVideoX takes a timestep per frame, B f of them; diffusers' transformer
+    has one per clip.
 
     Its embedded timesteps go to three kinds of norms and nowhere else. Those get the embeddings of
     all frames, B f x D instead of B x D, and treat each frame's tokens as a sample of their own.
@@ -226,8 +224,8 @@ def frame_norms(backbone: Backbone) -> Iterator[None]:
 
     class FrameLayerNormZero(CogVideoXLayerNormZero):
         def forward(self, video: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """Tokens of the video (B, S, D) and of the text (B, L, D), temb
-            (B n, D), n 1 or f -> both, and gates.
+            """Tokens of the video (B, S, D) and of the text (B, L, D), temb (B n, D), n 1 or
+            f -> both, and gates.
 
             The text's tokens, which have no frame, get the middle frame's timestep. [ours]
             """

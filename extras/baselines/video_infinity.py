@@ -1,9 +1,8 @@
-"""Video-Infinity: Distributed Long Video Generation (arXiv 2406.16260), a
-baseline of the paper, on VideoCrafter2.
+"""A baseline on VideoCrafter2: Video-Infinity, Distributed Long Videos (arXiv 2406.16260).
 
-The F frames of a video are cut into N clips of f frames that do not overlap. Each clip
-has its own prompt and is denoised as if it were alone, except that the U-Net's temporal
-layers also see frames of other clips:
+The F frames of a video are cut into N clips of f frames that do not overlap. Each clip has its own
+prompt and is denoised as if it were alone, except that the U-Net's temporal layers also see frames
+of other clips:
 
     convolutions   the 4 frames on either side of the clip
     attention      near(a): frame a and the p frames on either side of it
@@ -118,11 +117,10 @@ class VideoInfinity:
 
 
 def shared_frames(clips: int, frames: int, count: int) -> list[int]:
-    """Candidates for G, as many from each clip; G is the first `count` of
-    them, so it may miss the last clips.
+    """Candidates for G, as many from each clip; G, the first `count`, may miss the last clips.
 
-    A clip gives every r-th of its f frames, r = f // (count // clips), or its first
-    if there are more clips than count.
+    A clip gives every r-th of its f frames, r = f // (count // clips), or its first if there are
+    more clips than count.
     """
     each = count // clips
     stride = max(frames // each, 1) if each else frames
@@ -130,20 +128,18 @@ def shared_frames(clips: int, frames: int, count: int) -> list[int]:
 
 
 def logit_bias(frames: int, near: int, shared: int, bias: float, layout: bool) -> Tensor:
-    """What the logits of any clip's frames get, f x (p + f + p + |G|): its
-    context and own frames, then G."""
+    """What the logits of any clip's frames get, f x (p + f + p + |G|): context, own frames, G."""
     distance = torch.arange(-near, frames + near) - torch.arange(frames)[:, None]  # f p+f+p
     local = torch.where(distance.abs() <= near, 0.0 if layout else bias, -torch.inf)
     return torch.cat([local, torch.full((frames, shared), bias if layout else 0.0)], 1)
 
 
 def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Neighbouring clips with their context, and some frames of all
-    processes, by at most one collective.
+    """Neighbouring clips with their context, and some frames of all processes, by one collective.
 
     x: B x L x ..., this process's frames; picked: numbers of some of them, the same in every
-    process. Returns B x (reach + L + reach) x ..., zero beyond the video's ends, and
-    B x (W picked) x .... Raises ConnectionError.
+    process. Returns B x (reach + L + reach) x ..., zero beyond the video's ends, and B x (W
+    picked) x .... Raises ConnectionError.
     """
     (rank, world), k, L = rank_and_world(), len(picked), x.shape[1]
     parts = [torch.cat([x[:, list(picked)], x[:, :reach], x[:, L - reach :]], 1)]
@@ -162,8 +158,8 @@ def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor,
 
 @contextmanager
 def linked_clips(unet: nn.Module, clips: int, settings: VideoInfinity, events: int = 1) -> Iterator[None]:
-    """Within this context a UNet3DConditionModel takes its batch for neighbouring
-    clips of one video, n per process.
+    """Within this context a UNet3DConditionModel takes its batch for neighbouring clips of one
+    video, n per process.
 
     Rows are (half, clip): with guidance B = 2 halves that never meet, else 1. A batch that is not a
     multiple of n raises ValueError. The network runs uncompiled, since code that was compiled
@@ -194,8 +190,7 @@ def linked_clips(unet: nn.Module, clips: int, settings: VideoInfinity, events: i
         return args, kwargs | dict(num_frames=f * n)
 
     def widen(_, args, kwargs):
-        """Before a convolution layer: (B n f) C H W -> (B n (f + 8)) C H W,
-        its norms' statistics likewise."""
+        """Before a convolution layer: (B n f) C H W -> (B n (f + 8)) C H W, which its norms see."""
         x, _ = exchange(args[0].unflatten(0, (B, n * f)), REACH)
         x = x.unfold(1, f + 2 * REACH, f).movedim(-1, 2)  # B n f+8 C H W
         return (x.flatten(0, 2),), kwargs | dict(num_frames=f + 2 * REACH)

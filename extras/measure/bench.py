@@ -96,8 +96,8 @@ def make_2b(layers: int, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def evaluation(transformer: torch.nn.Module, windows: int, calls: int = 1) -> Callable[[], None]:
-    """Guided evaluation of some windows, with both halves of the guidance in one
-    call of the transformer or in two."""
+    """Guided evaluation of some windows, with both halves of the guidance in one call of the
+    transformer or in two."""
     n = 2 * windows // calls
     x, text, t = torch.randn(n, BIG.window, *BIG.latent), torch.randn(n, 226, 4096), torch.full((n,), 500)
     x, text, t = x.to(DEVICE, transformer.dtype), text.to(DEVICE, transformer.dtype), t.to(DEVICE)

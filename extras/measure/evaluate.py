@@ -4,8 +4,8 @@
     python -m extras.measure.evaluate --trajectories trace.safetensors
                                               plots what `demo.py --trace` recorded
 
-The first prints the measures and writes them, with the drift curve,
-to VIDEO's name with .scores.json:
+The first prints the measures and writes them, with the drift curve, to VIDEO's name with
+.scores.json:
 
     subject consistency      VBench's formula and features: DINO ViT-B/16, the first token
     background consistency   VBench's formula and features: CLIP ViT-B/32, image
@@ -115,8 +115,8 @@ def window_joins(windows: Sequence[slice], frames_per_latent: int = 4) -> list[i
 
 
 class Watch:
-    """Measures without a network: frame differences and scenes. Call it with
-    frames, H x W x 3 uint8, one by one."""
+    """Measures without a network: frame differences and scenes. Call it with frames, H x W x 3
+    uint8, one by one."""
 
     def __init__(self, fps: float = 8):
         from scenedetect import ContentDetector
@@ -175,8 +175,7 @@ class Networks:
 
     @torch.no_grad()
     def subject(self, frames: Tensor) -> Tensor:
-        """Frames n x 3 x H x W in [0, 1] -> n x D: whole frames, the
-        shorter side at the network's size."""
+        """Frames n x 3 x H x W in [0, 1] -> n x D, the shorter side at the network's size."""
         size = self.dino.config.image_size
         x = normalize(shorter_side(frames.to(self.device), size, "bilinear"), IMAGENET)
         return self.dino(x, interpolate_pos_encoding=True).last_hidden_state[:, 0].float().cpu()
@@ -220,11 +219,10 @@ def shorter_side(x: Tensor, size: int, mode: str) -> Tensor:
 
 
 class DynamicDegree:
-    """VBench's: at 8 frames per second, does the flow exceed 6 pixels
-    of 256 in a quarter of the frames?
+    """VBench's: at 8 frames per second, does the flow exceed 6 pixels of 256 in a quarter of them?
 
-    A flow counts as the mean length of its 5 % longest vectors. flow: two
-    frames, 1 x 3 x H x W -> 2 x H x W.
+    A flow counts as the mean length of its 5 % longest vectors. flow: two frames,
+    1 x 3 x H x W -> 2 x H x W.
     """
 
     def __init__(self, flow: Callable[[Tensor, Tensor], Tensor]):
@@ -298,8 +296,8 @@ def load_aesthetic(weights: str | None, device: str, clip: str = LARGE_CLIP) -> 
 
 
 def load_imaging(weights: str | None, device: str) -> MeanScore:
-    """Load MUSIQ. `weights`: pyiqa's file for SPAQ, else its download. Scales the
-    longer side to at most 512 pixels."""
+    """Load MUSIQ. `weights`: pyiqa's file for SPAQ, else its download. Scales the longer side to at
+    most 512 pixels."""
     import pyiqa
 
     if weights:
@@ -343,11 +341,9 @@ def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, Dyn
 def place_story(
     path: Path, story: P.Story, window: int, stride: int, frames_per_latent: int = 4
 ) -> tuple[list[slice], list[tuple[int, int]]]:
-    """Layout of a video: its windows in latent frames, and the first and
-    last + 1 video frame of each event.
+    """Layout of a video: its windows in latent frames, and each event's first and last + 1 frame.
 
-    Raises ValueError if the video cannot be read, is too short, or
-    has too few windows for the story.
+    Raises ValueError if the video cannot be read or is too short for the story.
     """
     count = count_frames(path)
     if count < 2:
@@ -420,8 +416,7 @@ def principal_plane(traces: Sequence[Tensor]) -> list[Tensor]:
 
 
 def plot_trajectories(path: Path, picture: Path) -> None:
-    """Plot one panel per method, one line per latent frame, coloured by its position
-    in the video, from faint to vivid.
+    """Plot a panel per method, a line per latent frame, coloured by its position, faint to vivid.
 
     Raises ValueError if the file holds no trace.
     """

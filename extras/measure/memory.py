@@ -61,8 +61,8 @@ class Memory(TorchDispatchMode):
 
 @contextmanager
 def meta_as_gpu() -> Iterator[Memory]:
-    """Inside, code that needs a tensor's values gets zeros, and attention never
-    builds its matrix, as on a GPU."""
+    """Inside, code that needs a tensor's values gets zeros, and attention never builds its matrix,
+    as on a GPU."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> Tensor:
         if not (query.device == key.device == value.device and query.dtype == key.dtype == value.dtype):

@@ -36,8 +36,8 @@ class Checked(Backbone):
     """Tells what a model cannot do or does not see, and which of its files are missing or do not
     fit, by ValueError. A base class, before another backbone or alone.
 
-    Beyond what `Backbone` asks, a model needs `text_length`, a tokenizer from
-    transformers as `load_pipe("tokenizer").tokenizer`, and `inspect`.
+    Beyond what `Backbone` asks, a model needs `text_length`, a tokenizer from transformers as
+    `load_pipe("tokenizer").tokenizer`, and `inspect`.
     """
 
     text_length: int  # tokens that the text encoder reads

@@ -2,8 +2,8 @@
 
 The release is one checkpoint with three networks. The video network *is* diffusers'
 UNet3DConditionModel, so a table of names is enough (facts of the official code:
-github.com/AILab-CVC/VideoCrafter, 11bcd76). Text encoder and VAE are those of Stable
-Diffusion 2, which diffusers converts.
+github.com/AILab-CVC/VideoCrafter, 11bcd76). Text encoder and VAE are those of Stable Diffusion 2,
+which diffusers converts.
 """
 
 import re
@@ -67,8 +67,8 @@ class VideoCrafter2(Checked):
 
     @staticmethod
     def make_levels(scheduler: Mapping, steps: int) -> list[Level]:
-        """The authors' uniform timesteps, t = 981, 961, ..., 1, which start below
-        pure noise and end above zero noise.
+        """The authors' uniform timesteps, t = 981, 961, ..., 1, which start below pure noise and
+        end above zero noise.
 
         With the signal's scale alpha^2 + sigma^2 < 1; nothing in syncos.py needs it to be 1.
         """
@@ -89,8 +89,8 @@ class VideoCrafter2(Checked):
         super().check_lengths(tokenizer, prompts)
 
     def encode_text(self, pipe: Any, text: str) -> tuple[Tensor]:
-        """The penultimate layer's states of `text_length` tokens, unmasked. OpenCLIP pads with 0,
-        a word in other tokenizers."""
+        """The penultimate layer's states of `text_length` tokens, unmasked. OpenCLIP pads with 0, a
+        word in other tokenizers."""
         ids = pipe.tokenizer(text, truncation=True, max_length=self.text_length).input_ids
         ids = torch.tensor([ids + [0] * (self.text_length - len(ids))], device=self.device)
         return (pipe.text_encoder(ids).last_hidden_state[0],)  # 77 D
@@ -233,8 +233,7 @@ def build_text_encoder(state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, T
 
 @torch.no_grad()
 def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
-    """Load one of the networks: unet, vae or text_encoder. Raises ValueError if a
-    key is missing or does not fit."""
+    """Load unet, vae or text_encoder. Raises ValueError for a missing or unfit key."""
     from accelerate import init_empty_weights
 
     from extras.loading import check_fit, fill, read_checkpoint
@@ -256,8 +255,8 @@ def load_part(part: str, path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def fold_fps(unet: nn.Module) -> None:
-    """Fold the frame rate's embedding, which is added to the timestep's, into a
-    bias: it is the same for all inputs.
+    """Fold the frame rate's embedding, which is added to the timestep's, into a bias: it is the
+    same for all inputs.
 
     Done in float32, before the weights become half precision.
     """
@@ -267,8 +266,8 @@ def fold_fps(unet: nn.Module) -> None:
 
 
 def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
-    """Find model.ckpt: a file, in a folder or on the hub (dry_run: only check). None
-    for a folder in diffusers' format.
+    """Find model.ckpt: a file, in a folder or on the hub (dry_run: only check). None for a folder
+    in diffusers' format.
 
     Raises OSError or ValueError if it is none of these.
     """
@@ -286,8 +285,8 @@ def find_checkpoint(model: str, dry_run: bool = False) -> Path | None:
 
 def load_pipe(model: str, dtype: torch.dtype, parts: Sequence[str]) -> Any:
     """Load some parts of the release, or of a folder in diffusers' format: unet (the fps in its
-    bias), vae, text_encoder (23 layers), tokenizer. The tokenizer is the folder's own
-    tokenizer/ if it has one, else TOKENIZER.
+    bias), vae, text_encoder (23 layers), tokenizer. The tokenizer is the folder's own tokenizer/ if
+    it has one, else TOKENIZER.
 
     Raises OSError or ValueError if something is missing or does not fit.
     """

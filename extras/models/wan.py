@@ -14,11 +14,10 @@ from syncos import Level, Settings, flow_levels
 
 
 class Wan(Checked):
-    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError
-    for other models, including Wan 2.2.
+    """Wan 2.1 text-to-video, 1.3B or 14B, in diffusers format. Raises ValueError for others.
 
-    A rectified flow. The model treats every window as a separate clip: positions
-    restart at 0. The VAE runs in float32.
+    A rectified flow. The model treats every window as a separate clip: positions restart at 0. The
+    VAE runs in float32.
     """
 
     prediction = "flow"
@@ -108,8 +107,7 @@ class Wan(Checked):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Decode latents F x C x H x W to 4(F - 1) + 1 video frames,
-        each 8H x 8W x 3 uint8, one at a time.
+        """Decode latents F x C x H x W to 4(F - 1) + 1 video frames, 8H x 8W x 3 uint8, one by one.
 
         Decodes latent frames one by one, like the VAE's own `decode`, but keeps only the caches of
         the causal convolutions: memory does not grow with F, and the frames are bit-identical.

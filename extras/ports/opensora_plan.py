@@ -1,11 +1,10 @@
 """Open-Sora Plan v1.3: video transformer and WF-VAE decoder, for the released weights.
 
 Written from the facts of the official code (github.com/PKU-YuanGroup/Open-Sora-Plan, tag v1.3.0),
-with its parameter names, so that its files load strictly. Inference only: no encoder, no
-training, no masks except the text's.
+with its parameter names, so that its files load strictly. Inference only: no encoder, no training,
+no masks except the text's.
 
-    B batch, T latent frames, C channels, H x W latent height and width;
-    S tokens of width D; L text tokens
+    B batch, T latent frames, C channels, H x W latent size; S tokens of width D; L text tokens
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,19 +57,17 @@ def rotary_table(grid: tuple[int, int, int], scales: tuple[float, float, float],
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Apply rotary positions to x (B, heads, S, head_dim): in each third, the
-    first half pairs with the second."""
+    """Apply rotary positions to x (B, heads, S, head_dim): in each third, the first half pairs with
+    the second."""
     a, b = x.float().unflatten(-1, (3, 2, -1)).unbind(-2)  # B heads S 3 n
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -2).flatten(-3).to(x.dtype)
 
 
 def to_sets(x: Tensor, n: int, grouped: bool) -> Tensor:
-    """Skiparse: (B, heads, S, d) -> (B n, heads, S / n, d), n sets of
-    tokens, each attending only to itself.
+    """Skiparse: (B, heads, S, d) -> (B n, heads, S / n, d), sets that attend to themselves.
 
-    Single skip: token s is in set s mod n; grouped: in set
-    floor(s / n) mod n. S is a multiple of n^2.
+    Single skip: token s is in set s mod n; grouped: in set floor(s / n) mod n. n^2 divides S.
     """
     return x.unflatten(2, (-1, n, n)).movedim(3 if grouped else 4, 1).flatten(3, 4).flatten(0, 1)
 
@@ -81,8 +78,8 @@ def from_sets(x: Tensor, n: int, grouped: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention to x itself or to a context. `sparse` is None (dense)
-    or (n, grouped), see `to_sets`."""
+    """Multi-head attention to x itself or to a context. `sparse` is None (dense) or (n, grouped),
+    see `to_sets`."""
 
     def __init__(self, dim: int, heads: int, sparse: tuple[int, bool] | None = None):
         super().__init__()
@@ -183,9 +180,9 @@ class OpenSoraT2V_v1_3(Ported):
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Latents (B, T, C, H, W), timestep (B,) or (B, T) of 0 to 999 in float32
-        (bfloat16 cannot hold 999), text (B, L, caption_channels) with its mask (B, L), true
-        for words -> v, (B, T, C, H, W)."""
+        """Latents (B, T, C, H, W), timestep (B,) or (B, T) of 0 to 999 in float32 (bfloat16 cannot
+        hold 999), text (B, L, caption_channels) with its mask (B, L), true for words -> v, in the
+        shape of the latents."""
         c, (T, _, H, W) = self.config, latents.shape[1:]
         p = c.patch_size
         grid = (T, H // p, W // p)
@@ -217,8 +214,8 @@ class Past:
 
 
 class CausalConv3d(nn.Module):
-    """Pads frames with zeros, and time with two frames in front: the last two, or
-    at first the first frame twice."""
+    """Pads frames with zeros, and time with two frames in front: the last two, or at first the
+    first frame twice."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3):
         super().__init__()
@@ -292,11 +289,10 @@ class SpaceUpsample(nn.Module):
 
 
 class SpaceTimeUpsample(nn.Module):
-    """Doubles height, width and all frames but the first, which takes
-    no part in interpolation over time.
+    """Doubles height, width and all frames but the first, which is not interpolated over time.
 
-    A frame's second half needs the next frame, so the last frame of a piece waits
-    for the next piece, if there is one.
+    A frame's second half needs the next frame, so the last frame of a piece waits for the next
+    piece, if there is one.
     """
 
     def __init__(self, channels: int):
@@ -370,9 +366,9 @@ class WFVAEDecoder(Ported):
         self.norm_out, self.conv_out = Norm(c), FrameConv2d(c, 24)
 
     def forward(self, z: Tensor, past: Past) -> Tensor:
-        """Decode the next piece of a video: unscaled latents (B, C, T, H, W) -> frames
-        (B, 3, 4T, 8H, 8W) about [-1, 1], at first 3 fewer. The last latent frame's come with the
-        next piece (see SpaceTimeUpsample)."""
+        """Decode the next piece of a video: unscaled latents (B, C, T, H, W) -> frames (B, 3, 4T,
+        8H, 8W) about [-1, 1], at first 3 fewer. The last latent frame's come with the next piece
+        (see SpaceTimeUpsample)."""
         e, first = self.config.decoder_energy_flow_hidden_size, not past.kept
         h = self.mid(self.conv_in(z, past), past)
         h, low = h[:, :-e], h[:, -e:]
@@ -389,8 +385,7 @@ class WFVAEDecoder(Ported):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, piece: int = 2) -> Iterator[Tensor]:
-        """Latents (B, C, F, H, W) from the transformer -> frames
-        (B, 3, n, 8H, 8W), 4(F - 1) + 1 in all.
+        """Latents (B, C, F, H, W) from the transformer -> (B, 3, n, 8H, 8W), 4(F - 1) + 1 frames.
 
         Decodes in pieces of `piece` latent frames (the first has one more). The frames equal those
         of one call, in memory independent of F, because all convolutions are causal and the

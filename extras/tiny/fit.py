@@ -32,8 +32,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """n random stories (n, 4), their video (n, 3, frames, SIZE, SIZE) in [-1, 1],
-    and the object's mask (0 or 1)."""
+    """n random stories (n, 4), their video (n, 3, frames, SIZE, SIZE) in [-1, 1], and the object's
+    mask (0 or 1)."""
     generator = torch.Generator().manual_seed(seed)
     stories = sample_stories(n, generator)
     start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
@@ -41,16 +41,16 @@ def clips(n: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def draw(stories: torch.Tensor, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stories (n, 4) and motion (n, T, 3) as a video (n, 3, T, SIZE, SIZE) in
-    [-1, 1], and the object's mask."""
+    """Stories (n, 4) and motion (n, T, 3) as a video (n, 3, T, SIZE, SIZE) in [-1, 1], and the
+    object's mask."""
     video = render(stories, motion)
     mask = (video - backgrounds()[stories[:, 2]][:, None]).abs().amax(2, keepdim=True) > 0.02
     return video.transpose(1, 2) * 2 - 1, mask.transpose(1, 2).float()
 
 
 def omit_words(stories: torch.Tensor, generator: torch.Generator) -> list[str]:
-    """Captions that omit the colour (30 %), the place (30 %), the subject (10 %) or
-    everything (10 %, for guidance)."""
+    """Captions that omit the colour (30 %), the place (30 %), the subject (10 %) or, for
+    guidance, everything (10 %)."""
     kept = torch.rand(len(stories), 4, generator=generator) > torch.tensor([0.3, 0.3, 0.1, 0.1])
     return [caption(story, c, b, s) if k else "" for story, (c, b, s, k) in zip(stories, kept.tolist())]
 
@@ -147,8 +147,7 @@ def fit(
     ema: float,
     matrices: Sequence[torch.nn.Parameter] = (),
 ) -> None:
-    """Minimise `loss_of(*batch_at(step))`: Muon for `matrices`, AdamW for the rest, warm-up,
-    cosine decay.
+    """Minimise `loss_of(*batch_at(step))`: Muon for `matrices`, AdamW for the rest, cosine decay.
 
     batch_at makes a step's tensors on the CPU; loss_of gets them on the modules' device, where
     nothing in it may wait for a result (see `Replayed`). Leaves the running average of the weights

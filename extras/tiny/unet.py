@@ -62,8 +62,8 @@ def make_text_encoder() -> CLIPTextModel:
 
 
 def make_unet() -> UNet3DConditionModel:
-    """Two levels, cross-attention in the lower one. At first eps is the input,
-    divided by its spread in each frame.
+    """Two levels, cross-attention in the lower one. At first eps is the input, divided by its
+    spread in each frame.
 
     This is nearly right at high noise. One half of it passes through the first skip connection, the
     other half is its negative, since SiLU(x) - SiLU(-x) = x and since a group of both keeps its
@@ -151,8 +151,8 @@ def token_ids(tokenizer, words: list[str]) -> torch.Tensor:
 
 
 def error_of_eps(models: tuple, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, ids: torch.Tensor):
-    """The error of the predicted eps, divided by alpha as if the model predicted v: else what
-    eps says about x0 at high noise hardly counts. models: U-Net, text encoder.
+    """The error of the predicted eps, divided by alpha as if the model predicted v: else what eps
+    says about x0 at high noise hardly counts. models: U-Net, text encoder.
     x0, eps: (n, F, 4, 8, 8); t: n timesteps; ids: (n, TOKENS). Returns the error in eps's shape."""
     unet, text_encoder, *_ = models
     alpha, sigma = (level[t].view(-1, 1, 1, 1, 1) for level in levels(unet.device))

@@ -4,8 +4,7 @@
     of position, size, speed and phase. `render` draws them, `caption` describes them, `Fitter`
     reads what any clip shows by fitting the same renderer to it. Needs only torch.
 
-Coordinates: x to the right, y down, both in [0, 1] of the frame's
-side; sizes are multiples of RADIUS.
+Coordinates: x to the right, y down, both in [0, 1]; sizes are multiples of RADIUS.
 """
 
 import functools
@@ -112,8 +111,7 @@ def backgrounds() -> torch.Tensor:
 
 
 def sample_motion(stories: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random object motion for stories (n, 4): x, y (its centre) and size
-    in each video frame, (n, FRAMES, 3).
+    """Random object motion for stories (n, 4): its centre x, y and its size, (n, FRAMES, 3).
 
     Position, size, speed and phase are random. A movement may begin late or end early, so a clip
     can start or stop mid-action, and one clip can begin where another ends.
@@ -164,8 +162,7 @@ def signed_distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 
 def masks(shape: int, motion: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coverage in [0, 1] of the fill and of the outline for motion
-    (..., 3): two tensors (..., SIZE, SIZE)."""
+    """Coverage in [0, 1] of fill and outline for motion (..., 3): (..., SIZE, SIZE) each."""
     x, y, s = motion[..., None, None].unbind(-3)
     radius = RADIUS * s
     d = signed_distance(shape, (GRID - x) / radius, (GRID[:, None] - y) / radius) * radius * SIZE  # pixels
@@ -193,8 +190,7 @@ def color_within(video: torch.Tensor, story: tuple, motion: torch.Tensor) -> lis
 
 
 class Fitter:
-    """Reads a clip by fitting the renderer to it: its story, and the
-    object's position and size in every frame.
+    """Reads a clip by fitting the renderer to it: its story, and the object's motion.
 
     Searches a grid of positions and sizes at half resolution: |g - T|^2 is smallest where 2 <g, T>
     - |T|^2 is largest, with g = frame - background and T = (color - background) fill + (ink -
@@ -227,8 +223,8 @@ class Fitter:
         return f**2 @ (fill**2).sum(0) + n**2 @ (line**2).sum(0) + 2 * (f * n) @ (fill * line).sum(0)
 
     def __call__(self, video: torch.Tensor) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-        """Video (T, 3, SIZE, SIZE) in [0, 1] -> its story (see sample_stories;
-        action -1: none) and motion (T, 3)."""
+        """Video (T, 3, SIZE, SIZE) in [0, 1] -> its story (see sample_stories; action -1: none) and
+        motion (T, 3)."""
         frames = self.half(video)  # T 3 P
         place = (frames[None] - self.places[:, None]).abs().clamp(max=0.3).mean((1, 2, 3)).argmin().item()
         g, best = frames - self.places[place], None
