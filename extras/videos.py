@@ -308,12 +308,8 @@ def contact_sheet(
 
     first = next(iter(next(iter(picked.values())).values()))
     height, width = first.shape[:2]
-    w, gap, font, small = (
-        144,
-        6,
-        get_font(15, "".join([title, *(text for _, text in rows)])),
-        ImageFont.load_default(12),
-    )
+    w, gap, small = 144, 6, ImageFont.load_default(12)
+    font = get_font(15, "".join([title, *(text for _, text in rows)]))
     h, across = round(w * height / width), max(len(numbers) for numbers, _ in rows)
     label = 0 if len(picked) == 1 else 110
     wide = label + across * (w + gap) + gap

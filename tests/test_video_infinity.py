@@ -241,10 +241,8 @@ def test_how_far_a_clip_is_seen(unet):
     """At t < T a change of the last clip reaches its neighbour most, at t >= T all clips."""
     x, text = inputs(4, 4, halves=1)
     changed = torch.cat([x[:3], randn(1, 4, 4, 8, 8, seed=9)])
-    near, far = (
-        [maxdiff(*pair) for pair in zip(*(run(unet, y, t, text, 4, near=1, shared=4) for y in (x, changed)))]
-        for t in (500.0, 900.0)
-    )
+    runs = lambda t: (run(unet, y, t, text, 4, near=1, shared=4) for y in (x, changed))  # noqa: E731
+    near, far = ([maxdiff(*pair) for pair in zip(*runs(t))] for t in (500.0, 900.0))
     assert near[0] < near[1] < near[2] < near[3] and near[0] < 0.2 < 0.5 < far[0]
 
 

@@ -44,8 +44,7 @@ class Ported(ModelMixin, ConfigMixin):
 
 
 def rotary_table(grid: tuple[int, int, int], scales: tuple[float, float, float], head_dim: int) -> Tensor:
-    """Angles of the 3-D rotary positions of a T x H x W grid:
-    (S, 3, head_dim / 6), float32 for any model dtype.
+    """Angles of the 3-D rotary positions of a T x H x W grid: (S, 3, head_dim / 6), float32.
 
     t, h and w use a third of the head each. Positions start at 0 and are divided by the scale.
     """

@@ -1,5 +1,5 @@
-"""Train a tiny model from scratch: renderer -> VAE -> latents -> network with its text
-encoder -> network and decoder again, on clips that they generate -> checkpoint.
+"""Train a tiny model from scratch: VAE, latents, network with its text encoder, then network and
+decoder again on clips that they generate.
 
     python -m extras.tiny.train                 # CogVideoX; if interrupted, the command resumes
     python -m extras.tiny.train --model unet    # VideoCrafter2, without own clips
@@ -54,8 +54,8 @@ def make_vae() -> AutoencoderKLCogVideoX:
 
 
 def make_transformer() -> CogVideoXTransformer3DModel:
-    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128:
-    13 x 4 x 4 = 208 tokens per window."""
+    """CogVideoX-2B's architecture (sincos positions) with 6 layers of width 128: 208 tokens per
+    window, 13 x 4 x 4."""
     return CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
