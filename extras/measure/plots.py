@@ -26,9 +26,14 @@ TABLES = {  # the rows of `R.TABLES` by the paper's table
     "Table 3": ["stage 2 alone", "CSD", "CSD, learning rate 1", "w/o stage 1", "w/o stage 2, its noise kept",
                 "w/o stage 3"],
     "Table 5": ["DiTCtrl", "DiTCtrl, SDE"],
+    "Settings": ["the paper's settings", "2 iterations", "1 iteration", "1 iteration, 20 steps"],
 }  # fmt: skip
 DIFFERENCES = ["subject consistency", "background consistency", "picture consistency", "local fidelity"]
-METHODS = ["SynCoS", "Gen-L-Video", "w/o stage 2, its noise kept", "FIFO-Diffusion", "stage 2 alone", "CSD",
+FRONTIER = {  # SynCoS from its cheapest setting to the paper's: a line, with these words at its points
+    "1 iteration, 20 steps": "1, 20 steps", "1 iteration": "1", "2 iterations": "2", "SynCoS": "5",
+    "the paper's settings": "the paper's",
+}  # fmt: skip
+METHODS = ["Gen-L-Video", "w/o stage 2, its noise kept", "FIFO-Diffusion", "stage 2 alone", "CSD",
            "CSD, learning rate 1", "DiTCtrl", "DiTCtrl, SDE"]  # fmt: skip
 AGAINST_COST = ["identities", "local fidelity", "distance x 1000"]
 COLORS = {"reproduced": "tab:blue", "not reproduced": "tab:red", "not distinguishable": "0.55", None: "black"}
@@ -39,8 +44,7 @@ COLORS = {"reproduced": "tab:blue", "not reproduced": "tab:red", "not distinguis
 
 
 def forest_points(videos: dict[str, list[dict]], rows: dict[str, tuple] = R.TABLES) -> dict:
-    """Mean difference from SynCoS and its interval; then the paper's difference
-    and the verdict, or twice None."""
+    """Mean difference from SynCoS, its interval, the paper's difference and the verdict or None."""
     points = {}
     for name in (name for names in TABLES.values() for name in names if name in videos):
         points[name] = {}
@@ -55,7 +59,7 @@ def cost_points(videos: dict[str, list[dict]]) -> dict:
     """Model evaluations, then mean and interval."""
     return {
         name: {m: [videos[name][0]["evaluations"], *rounded([v[m] for v in videos[name]])] for m in AGAINST_COST}
-        for name in METHODS
+        for name in (*FRONTIER, *METHODS)
         if name in videos
     }
 
@@ -69,8 +73,7 @@ def rounded(values: list[float]) -> list[float]:
 
 
 def draw_forest(points: dict) -> plt.Figure:
-    """A row of panels per table, a column per measure; shaded: the side on
-    which the paper's difference lies."""
+    """A row per table, a column per measure; shaded: the side of the paper's difference."""
     tables = {table: own for table, names in TABLES.items() if (own := [name for name in names if name in points])}
     figure, axes = plt.subplots(
         len(tables), len(DIFFERENCES), figsize=(12, 1.6 + 0.42 * len(points)), sharex=True, squeeze=False,
@@ -101,25 +104,30 @@ def draw_forest(points: dict) -> plt.Figure:
 
 
 def draw_cost(points: dict) -> plt.Figure:
-    """A panel per measure, up is better. Methods of nearly the same cost stand side by side."""
-    figure, axes = plt.subplots(1, len(AGAINST_COST), figsize=(12, 3.9), layout="constrained")
+    """A panel per measure, up is better. SynCoS's settings are a line; methods of nearly the same
+    cost stand side by side."""
+    figure, axes = plt.subplots(1, len(AGAINST_COST), figsize=(12, 4.1), layout="constrained")
     for axis, measure, better in zip(axes, AGAINST_COST, ("fewer", "more", "less")):
-        taken = []
-        for n, (name, own) in enumerate(points.items()):
-            cost, mean, low, high = own[measure]
-            x = cost + 11 * sum(abs(cost - other) < 8 for other in taken)
+        own = {words: points[name][measure] for name, words in FRONTIER.items() if name in points}
+        costs, means, lows, highs = zip(*own.values())
+        bars = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
+        axis.errorbar(costs, means, bars, fmt="o-", color="C0", label="SynCoS by iterations", zorder=3)
+        for n, (words, (cost, mean, *_)) in enumerate(own.items()):
+            place = (3, 5) if n else (2, -12)  # the first two lie close together
+            axis.annotate(words, (cost, mean), place, textcoords="offset points", fontsize=8, color="C0")
+        taken = [*costs]
+        for n, name in enumerate((name for name in METHODS if name in points), 1):
+            cost, mean, low, high = points[name][measure]
+            x = cost * 1.05 ** sum(0.97 < cost / other < 1.03 for other in taken)
             taken.append(cost)
             axis.errorbar(x, mean, [[mean - low], [high - mean]], fmt="oDs^vP*Xd"[n], color=f"C{n}", label=name)
-        axis.set(
-            xlabel="model evaluations (equal costs side by side)",
-            title=f"{measure} ({better} is better)",
-            xlim=(200, None),
-        )
+        axis.set(xlabel="model evaluations (equal costs side by side)", title=f"{measure} ({better} is better)")
+        axis.set(xscale="log", xticks=[250, 350, 500, 700, 1000], xticklabels=[250, 350, 500, 700, 1000])
         if better != "more":
             axis.invert_yaxis()
         if measure.startswith("distance"):
-            axis.set(yscale="log", yticks=[3, 5, 10, 15], yticklabels=[3, 5, 10, 15])
-            axis.minorticks_off()
+            axis.set(yscale="log", yticks=[2, 3, 5, 10, 15], yticklabels=[2, 3, 5, 10, 15])
+        axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
