@@ -300,7 +300,7 @@ def share_noise(noise: Tensor, windows: Sequence[slice], generator: torch.Genera
     behind return, shuffled, as the new frames of the next. [ours; FreeNoise, arXiv 2310.15169, does
     this to the initial noise]
 
-    noise: F x C x H x W, for the initial or the baseline noise. Returns that shape.
+    noise: the initial or the baseline noise, F x C x H x W. Returns the same shape.
     """
     noise = noise.clone()
     for window, following in zip(windows, windows[1:]):

@@ -1,4 +1,4 @@
-"""What all loaders share: a part of a model loads completely, or a sentence names the first key."""
+"""What all loaders share: a part of a model loads completely, or is refused in a sentence."""
 
 import os
 import pickle

@@ -1,4 +1,5 @@
-"""A baseline: CSD, Collaborative Score Distillation for Visual Editing (arXiv 2307.04787).
+"""A baseline: CSD, "Collaborative Score Distillation for Consistent Visual Editing" (arXiv
+2307.04787).
 
 One optimisation makes the whole video from noise. Each iteration draws a minibatch of windows, a
 timestep and new noise, and one optimiser takes a step along the scores that the windows mix
@@ -69,7 +70,8 @@ def csd(
     start: int = 0,
     x0: Tensor | None = None,
 ) -> Tensor:
-    """Sample a long video, one iteration per turn. Arguments as for `syncos.syncos`.
+    """Sample a long video, one iteration per turn. Arguments as for `syncos.syncos`, with
+    `settings.iters` a number.
 
     callback(iteration, t, x0, moments) is called after every iteration, with AdamW's two moments,
     2 x F x C x H x W. A stopped run resumes from them in place of `latents`; the rest as for

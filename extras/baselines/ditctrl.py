@@ -1,4 +1,4 @@
-"""A baseline: DiTCtrl, Tuning-Free Multi-Prompt Longer Video Generation (arXiv 2412.18597).
+"""A baseline: DiTCtrl, tuning-free multi-prompt longer video generation (arXiv 2412.18597).
 
 Each step denoises all windows of the long latent and averages their clean estimates, as Gen-L-Video
 does. Two things are added. Between two events lie windows whose text glides from one prompt to the
@@ -109,8 +109,9 @@ def blend(parts: Tensor, windows: Sequence[slice], counts: Sequence[int], frames
 def sde_step(x: Tensor, x0: Tensor, last: Tensor | None, levels: Sequence[Level], step: int, noise: Tensor) -> Tensor:
     """A step of SDE-DPM-Solver++(2M) (arXiv 2211.01095), from levels[step] to the next.
 
-    last: the previous step's x0; noise: N(0, I). With lambda = log(alpha / sigma), h is the step in
-    lambda. Steps from and to infinite lambda, pure noise and clean, are of first order.
+    x, x0, last (the previous step's x0), noise (N(0, I)): of one shape. With lambda = log(alpha /
+    sigma), h is the step in lambda. Steps from and to infinite lambda, pure noise and clean, are of
+    first order.
     """
     before, level, after = levels[max(step - 1, 0)], levels[step], levels[step + 1]
     decay = level.alpha * after.sigma / (after.alpha * level.sigma)  # e^-h

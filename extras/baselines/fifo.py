@@ -1,4 +1,5 @@
-"""A baseline: FIFO-Diffusion, Infinite Videos from Text without Training (arXiv 2405.11473).
+"""A baseline: "FIFO-Diffusion: Generating Infinite Videos from Text without Training" (arXiv
+2405.11473).
 
 A queue holds one latent frame at each noise level, in time order: almost clean at its head, pure
 noise at its tail. In each turn every frame is denoised by one step (diagonal denoising). The head

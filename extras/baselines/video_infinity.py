@@ -1,4 +1,5 @@
-"""A baseline on VideoCrafter2: Video-Infinity, Distributed Long Videos (arXiv 2406.16260).
+"""A baseline, on VideoCrafter2: "Video-Infinity: Distributed Long Video Generation" (arXiv
+2406.16260).
 
 The F frames of a video are cut into N clips of f frames that do not overlap. Each clip has its own
 prompt and is denoised as if it were alone, except that the U-Net's temporal layers also see frames
@@ -135,7 +136,8 @@ def logit_bias(frames: int, near: int, shared: int, bias: float, layout: bool) -
 
 
 def exchange(x: Tensor, reach: int, picked: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Neighbouring clips with their context, and some frames of all processes, by one collective.
+    """Neighbouring clips with their context, and some frames of all processes, by at most one
+    collective.
 
     x: B x L x ..., this process's frames; picked: numbers of some of them, the same in every
     process. Returns B x (reach + L + reach) x ..., zero beyond the video's ends, and B x (W

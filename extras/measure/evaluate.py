@@ -341,7 +341,8 @@ def load_extras(weights: Mapping[str, str | None], device: str) -> dict[str, Dyn
 def place_story(
     path: Path, story: P.Story, window: int, stride: int, frames_per_latent: int = 4
 ) -> tuple[list[slice], list[tuple[int, int]]]:
-    """Layout of a video: its windows in latent frames, and each event's first and last + 1 frame.
+    """Layout of a video: its windows in latent frames, and the first and last + 1 video frame of
+    each event.
 
     Raises ValueError if the video cannot be read or is too short for the story.
     """

@@ -49,8 +49,8 @@ def draw(stories: torch.Tensor, motion: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def omit_words(stories: torch.Tensor, generator: torch.Generator) -> list[str]:
-    """Captions that omit the colour (30 %), the place (30 %), the subject (10 %) or, for
-    guidance, everything (10 %)."""
+    """Captions that omit the colour (30 %), the place (30 %), the subject (10 %) or, for guidance,
+    everything (10 %)."""
     kept = torch.rand(len(stories), 4, generator=generator) > torch.tensor([0.3, 0.3, 0.1, 0.1])
     return [caption(story, c, b, s) if k else "" for story, (c, b, s, k) in zip(stories, kept.tolist())]
 
@@ -147,7 +147,8 @@ def fit(
     ema: float,
     matrices: Sequence[torch.nn.Parameter] = (),
 ) -> None:
-    """Minimise `loss_of(*batch_at(step))`: Muon for `matrices`, AdamW for the rest, cosine decay.
+    """Minimise `loss_of(*batch_at(step))`: Muon for `matrices`, AdamW for the rest, warm-up, cosine
+    decay.
 
     batch_at makes a step's tensors on the CPU; loss_of gets them on the modules' device, where
     nothing in it may wait for a result (see `Replayed`). Leaves the running average of the weights

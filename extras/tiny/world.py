@@ -4,7 +4,7 @@
     of position, size, speed and phase. `render` draws them, `caption` describes them, `Fitter`
     reads what any clip shows by fitting the same renderer to it. Needs only torch.
 
-Coordinates: x to the right, y down, both in [0, 1]; sizes are multiples of RADIUS.
+Coordinates: x to the right, y down, as shares of the frame's side; sizes are multiples of RADIUS.
 """
 
 import functools
