@@ -48,7 +48,7 @@ def offload(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def sincos_folder(tmp_path_factory):
-    """For the program, to which both kinds are alike."""
+    """For tests of the program, which treats both kinds alike."""
     folder = tmp_path_factory.mktemp("sincos")
     make_pipeline(rotary=False).save_pretrained(folder)
     return str(folder)
@@ -75,7 +75,7 @@ def pipeline_folder(request):
 
 @pytest.fixture
 def any_method(sincos_folder, tmp_path):
-    """Words that make a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows, 2
+    """Options of a small run of the random pipeline: 33 frames, 9 latent frames, 3 windows, 2
     events."""
     words = "--backbone cogvideox --device cpu --num_frames 33 --num_inference_steps 4 --stride 2".split()
     words += ["--model", sincos_folder, "--output_path", str(tmp_path / "video.mp4")]
@@ -84,7 +84,7 @@ def any_method(sincos_folder, tmp_path):
 
 @pytest.fixture
 def base(any_method):
-    """The same with options that only SynCoS takes."""
+    """The same, with options that only SynCoS takes."""
     return ["--csd_iters", "2", "--t_min", "300", *any_method]
 
 
@@ -111,7 +111,7 @@ def decoder():
 
 @pytest.fixture(scope="session")
 def decoder_state(decoder):
-    """The state of a released checkpoint: encoder, an early decoder, then the one that counts."""
+    """A state like the release's: an encoder, an earlier decoder, then the decoder to use."""
     state = {"encoder.conv_in.conv.weight": torch.zeros(2, 2)}
     state |= {f"decoder.{k}": torch.full_like(v, 9.0) for k, v in decoder.state_dict().items()}
     state |= {k: v for k, v in golden("vae_tiny")[0].items() if k.startswith("buf.")}

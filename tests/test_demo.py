@@ -206,7 +206,7 @@ def test_same_seed_same_latents_whatever_the_window_batch(base, tmp_path):
 
 
 def test_saved_latents_decode_to_the_same_video(base, tmp_path):
-    """The rest of what can be asked of a decoder too: captions, tiles, another frame rate."""
+    """Also with captions, in tiles, and at another frame rate."""
     call(*base, "--save_latents", "--compare")
     latents, about = V.read_tensors(tmp_path / "video.safetensors", "latents")
     assert list(latents) == ["gen-l-video", "syncos"] and latents["syncos"].shape == (9, 4, 2, 4)
@@ -301,7 +301,7 @@ def test_no_memory_names_what_helps_and_loses_nothing(base, tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_one_sentence(base, tmp_path):
-    """No file may grow beyond some bytes, which to a program is like a full disk."""
+    """A limit on the size of files, which looks to a program like a full disk."""
     resource = pytest.importorskip("resource", reason="this system has no limits for a file")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     state, latents = tmp_path / "s.safetensors", tmp_path / "video.undecoded.safetensors"
@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_sentence(base, tmp_path):
 
 
 def test_webp_is_whole_even_if_nothing_moves(tmp_path):
-    """Equal frames become one there."""
+    """WebP merges equal frames."""
     for name, shades in dict(still=[7] * 20, moving=range(0, 200, 10)).items():
         path = tmp_path / f"{name}.webp"
         V.write_video(path, (np.full((32, 48, 3), shade, np.uint8) for shade in shades), 10)

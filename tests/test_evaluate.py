@@ -72,7 +72,7 @@ def refused(capsys, *words) -> str:
 
 
 def test_networks_load_completely_or_not_at_all(videos, networks, tmp_path, capsys):
-    """Renamed keys would leave random weights; pointers and truncated files hold none."""
+    """Renamed keys would leave random weights; pointers and truncated files hold no weights."""
     words = [videos / "still.mp4", "--story", videos / "story.json", "--device", "cpu"]
     for name in ("dino", "clip"):
         for fault in ("renamed", "pointer", "cut"):
@@ -155,7 +155,7 @@ def test_scores_are_json_without_infinity(videos, networks, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Four videos whose order is known: a still, a slow drift of colour, a hard cut, noise."""
+    """Four videos whose ranking is known: a still, a slow drift of colour, a hard cut, noise."""
     folder, random = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
     a, b = (np.kron(random.integers(0, 255, (4, 6, 3)), np.ones((16, 16, 1))) for _ in range(2))
     mix = lambda share: a + (b - a) * share  # noqa: E731
@@ -247,7 +247,7 @@ def test_dynamic_degree_is_vbenchs_formula(speed, moves):
 
 
 def test_dynamic_degree_wants_a_quarter_of_the_video_and_sees_small_objects():
-    """17 frames: 4 of 16 pairs must move. 5 % of the picture decide."""
+    """17 frames: 4 of 16 pairs must move, measured by the fastest 5 % of the pixels."""
     for moving, value in ((3, 0), (4, 1)):
         flows = torch.zeros(16, 2, 64, 64)
         flows[:moving, 0, :4, :52] = 10  # 208 of 4096 pixels; 204 count

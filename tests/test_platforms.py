@@ -1,4 +1,4 @@
-"""Other people's machines: what a platform lacks is taken away, what it has too much is added."""
+"""Other people's machines, simulated by removing what they lack and adding what they have."""
 
 import io
 import math
@@ -53,7 +53,7 @@ def test_the_tests_run_without_what_windows_lacks():
 
 
 def test_names_without_pathconf(tmp_path, monkeypatch):
-    """Windows counts letters."""
+    """Windows limits a name by letters, not by bytes."""
     monkeypatch.delattr(os, "pathconf")
     V.check_output(tmp_path / ("狐" * 80 + ".mp4"), (".mp4",))
     with pytest.raises(ValueError, match="256 letters"):
@@ -135,7 +135,7 @@ def test_any_console_or_none(base, tmp_path, monkeypatch, make):
 
 
 def test_an_instruction_on_a_console_without_its_letters():
-    """Nothing of it is lost: a model reads what is written instead."""
+    """Nothing is lost: the escapes that are printed instead can be read by a language model."""
     old = os.environ | {"PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, ROOT / "prompts.py", "狐 runs"], env=old, capture_output=True, text=True)
     assert done.returncode == 0 and "Scenario: \\u72d0 runs" in done.stdout
@@ -186,7 +186,7 @@ def test_words_in_another_encoding_are_refused(base, tmp_path, capsys, option):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine and a torch with what is told of them; asking the hub fails."""
+    """Pretend to be another machine, with another build of torch."""
 
     def make(cuda=None, driver=False, error="Torch not compiled with CUDA enabled", gpus=0, capability=(8, 0)):
         def init():

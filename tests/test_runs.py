@@ -196,7 +196,7 @@ def test_sighup_stops_a_run_unless_it_is_ignored():
 
 
 def test_a_signal_waits_until_a_step_is_whole(prepared, tmp_path, monkeypatch):
-    """On disk and in memory; a second one does not stop the saving."""
+    """On disk and in memory; a second signal does not stop the saving."""
     run, backbone = prepared
     state, path, write = State(run.about()), tmp_path / "s.safetensors", V.write_tensors
 
@@ -281,7 +281,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error, said", ERRORS, ids=[str(error)[:30] or "no memory" for error, _ in ERRORS])
 def test_whatever_stops_a_run_is_told_after_what_is_safe(capsys, error, said):
-    """In one sentence; only an error that nobody foresaw has a traceback."""
+    """In one sentence; only an unforeseen error prints a traceback."""
     with pytest.raises(SystemExit, match=f"{said}.*Safe in x.") as end, Ending() as ending:
         ending.keep = lambda error: print("kept", file=sys.stderr) or "Safe in x."
         raise error
@@ -341,7 +341,7 @@ def test_a_rerun_destroys_nothing(base, tmp_path, monkeypatch, capsys):
 
 @needs_fork
 def test_of_two_runs_with_one_name_the_second_is_refused(base, tmp_path, monkeypatch, capsys):
-    """Also if it started before the first had written anything."""
+    """Even if it starts before the first has written anything."""
     load, state = demo.load, tmp_path / "video.state.safetensors"
     errors = tmp_path / "errors"
     first = fork(lambda: call(*base, "--num_inference_steps", 100), errors)

@@ -40,8 +40,7 @@ def run(settings=SMALL, denoiser=None, seed=0, **options):
     ("epsilon", "leading", 10),
 ])  # fmt: skip
 def test_one_window_is_ddim(scheduler, prediction, spacing, steps):
-    """Stages 1 and 3 over one window are diffusers' own DDIM,
-    eta = 0, over the whole trajectory."""
+    """Stages 1 and 3 over one window equal diffusers' DDIM, eta = 0, over the whole trajectory."""
     snr0 = prediction == "v_prediction" and spacing != "leading"
     args = dict(prediction_type=prediction, timestep_spacing=spacing, rescale_betas_zero_snr=snr0, clip_sample=False)
     ddim = scheduler(**args, **({"snr_shift_scale": 1.0} if scheduler is CogVideoXDDIMScheduler else {}))
@@ -103,8 +102,8 @@ def test_schedules_refuse_what_does_not_descend():
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "flow"])
 def test_gaussian_prior_in_closed_form(prediction):
-    """One window, stages 1 and 3: DDIM on a Gaussian is linear,
-    x_prev = c x_t + d, with c and d known per step.
+    """One window, stages 1 and 3: on a Gaussian, DDIM is linear, x_prev = c x_t + d, with c and d
+    known per step.
 
     The model predicts v, eps or a flow; the closed form is the same.
     """
@@ -168,7 +167,7 @@ def test_the_papers_plan():
 
 @pytest.mark.parametrize("context", [0, 1, 2])
 def test_fuse_is_the_naive_average(context):
-    """Also of parts without their first frames, as FIFO-Diffusion leaves out its context."""
+    """Also for parts without their first frames, as FIFO-Diffusion omits its context."""
     windows = S.make_windows(11, 4, 2)
     parts, counted = randn(len(windows), 4, 2, 3, 3), [slice(w.start + context, w.stop) for w in windows]
     fused = S.fuse(parts[:, context:], counted, 11)
@@ -297,7 +296,7 @@ def test_gradient_against_the_formula_in_float64(step):
 
 
 def test_residual_keeps_its_digits_at_high_noise():
-    """At alpha = 1e-4 a float32 difference of noises is off by more than 10 %; ours is not."""
+    """At alpha = 1e-4 a difference of noises in float32 is wrong by more than 10 %; ours is not."""
     level = S.Level(998, 1e-4, (1 - 1e-8) ** 0.5)
     x0, eps = randn(1, 2, 2, 4, 4), randn(1, 2, 2, 4, 4, seed=1)
     predicted = x0 + 1e-3 * randn(1, 2, 2, 4, 4, seed=2)
@@ -554,7 +553,7 @@ assert not {"diffusers", "transformers", "backbones", "prompts"} & set(sys.modul
 
 
 def imports(path, everywhere=True):
-    """What a file imports, `a.b.c` for `from a.b import c`; not everywhere: only at once."""
+    """What a file imports, `a.b.c` for `from a.b import c`; else only at its top level."""
     tree, found = ast.parse(path.read_text()), set()
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
@@ -622,7 +621,7 @@ class Clips:
 
 
 def test_purpose_fewer_identities_than_gen_l_video():
-    """Windows far apart choose one subject under SynCoS, several under Gen-L-Video; six seeds."""
+    """Distant windows choose one identity under SynCoS, several under Gen-L-Video; six seeds."""
     model = Clips(LEVELS)
     windows = S.make_windows(30, Clips.F, 3)
     prompts = ["right"] * 5 + ["left"] * 4

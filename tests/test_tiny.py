@@ -49,7 +49,7 @@ def tiny_unet():
 
 @pytest.fixture
 def cheap(tiny):
-    """A model whose network costs nothing, and whose videos are read from the latents alone."""
+    """A model whose network is trivial, and whose videos are read from the latents alone."""
     model, model.backbone = (model := copy(tiny)), copy(tiny.backbone)
     model.backbone.denoise = lambda x, t, *text: x / 2
     model.read = lambda latents, windows: dict(
@@ -120,7 +120,7 @@ def test_checkpoint_is_a_complete_small_pipeline_and_has_a_recipe(tiny):
 
 
 def test_decoding_is_the_pipelines(tiny):
-    """Other convolutions, streamed: what diffusers' own decoder gives."""
+    """Although it streams, with other convolutions, it returns what diffusers' decoder returns."""
     latents = randn(5, 8, 8, 8)
     ours = torch.stack([torch.from_numpy(frame) for frame in tiny.backbone.decode(latents)])
     pipe = CogVideoXPipeline.from_pretrained(CHECKPOINT, transformer=None, text_encoder=None, tokenizer=None)
@@ -153,7 +153,7 @@ def test_unknown_words_get_one_warning(model, request):
 
 @pytest.mark.parametrize("model", ["tiny", "tiny_unet"])
 def test_single_clips_show_what_they_are_told_to(model, request):
-    """Four clips in 20 steps (reproduce.py: 200 in 50); one mistake of sixteen is forgiven."""
+    """Four clips in 20 steps (reproduce.py: 200 in 50); one of sixteen attributes may be wrong."""
     tiny, stories = request.getfixturevalue(model), torch.arange(4)[:, None].expand(4, 4)
     captions = [W.caption(s) for s in stories]
     tiny.backbone.encode(captions)
@@ -170,7 +170,7 @@ def test_single_clips_show_what_they_are_told_to(model, request):
 
 
 def test_what_is_read_of_a_video_sees_smears_blur_noise_and_a_change_of_place(tiny):
-    """A rendered video of two windows, and the same spoilt in known ways."""
+    """A rendered video of two windows, spoilt in known ways."""
     windows, frames = [slice(0, 13), slice(4, 17)], 65
     x = torch.linspace(0.25, 0.75, frames)
     motion = torch.stack([x, torch.full_like(x, W.GROUND - W.RADIUS), torch.ones_like(x)], -1)
@@ -236,7 +236,7 @@ def test_a_colour_drifts_within_its_name(cheap):
 
 
 def test_who_chooses_the_look_of_a_clip(cheap, capsys, monkeypatch):
-    """By hand, with a fit that sees the colour in the noise and the place in the prompt."""
+    """By hand, with a fit that takes the colour from the noise and the place from the prompt."""
     captions = [f"A ball. {action}" for action in W.ACTIONS.values()]
     noises = []
 
@@ -317,7 +317,7 @@ def test_tables_compare_scenario_by_scenario(cheap, capsys):
 
 
 def kept_videos(model, rows, seeds):
-    """What tables.jsonl holds of the rows on the page; nothing is made anew."""
+    """The rows on the page, read from tables.jsonl; nothing is sampled."""
     done = dict(map(json.loads, (PAGE.parent / "tables.jsonl").read_text().splitlines()))
     return R.measure_rows(model, range(*seeds), rows, done, None)
 
@@ -488,13 +488,13 @@ def test_muon_is_torchs_within_the_rounding_of_bfloat16():
 
 
 def own_clips(n: int) -> tuple[torch.Tensor, ...]:
-    """As `train.own_clips` has them, of noise."""
+    """What `train.own_clips` returns, filled with noise."""
     stories = W.sample_stories(n, rng())
     return *randn(2, n, 13, 8, 8, 8), stories, W.sample_motion(stories, rng()), torch.ones(n, 13, 1, 8, 8)
 
 
 def test_training_aims_at_the_schedulers_v():
-    """And where the clip is not the one to be seen, at the v that leads to that one."""
+    """And at the v that leads to the target, where the input shows another clip."""
     scheduler, t = train.make_scheduler(), torch.tensor([3, 400, 998])
     models = None, None, train.make_tokenizer(), scheduler
     x, other, stories, _, _ = own_clips(3)

@@ -1,4 +1,4 @@
-"""What a first run with real weights meets: damaged files, long names, values not finite, ..."""
+"""What a first run with real weights may meet: damaged files, long names, infinite values, ..."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_an_embedding_that_is_not_finite_stops_the_run(words, model, tmp_path):
 
 
 def test_a_decoder_that_is_not_finite_keeps_the_latents(words, model, tmp_path):
-    """And its previews are left out with a line."""
+    """And previews are skipped with one line."""
     change_weights(model / "vae" / WEIGHTS, lambda s: filled(s, "decoder.conv_out.conv.bias", torch.nan))
     with pytest.raises(SystemExit, match="frame.*float32.*--decode"):
         call(*words, "--preview", 4)

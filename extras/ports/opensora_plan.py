@@ -26,7 +26,7 @@ from extras.loading import Parts, fill, load_network, load_tokenizer, read_check
 
 
 class Ported(ModelMixin, ConfigMixin):
-    """A model for which this port accepts some settings, and only one value of others (`fixed`)."""
+    """A model with settings that this port leaves free, and others that it fixes (`fixed`)."""
 
     fixed: dict
 
@@ -173,7 +173,7 @@ class OpenSoraT2V_v1_3(Ported):
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size)
         self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
         self.adaln_single = AdaLayerNormSingle(dim)
-        sparse = [(sparse_n, i % 2 == 1) if 1 < i < 30 else None for i in range(num_layers)]  # 30 at any depth
+        sparse = [(sparse_n, i % 2 == 1) if 1 < i < 30 else None for i in range(num_layers)]  # whatever the depth
         self.transformer_blocks = nn.ModuleList(Block(dim, num_attention_heads, norm_eps, s) for s in sparse)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, patch_size**2 * out_channels)
@@ -205,7 +205,7 @@ class OpenSoraT2V_v1_3(Ported):
 
 class Past:
     """What modules keep of a video's earlier pieces, each under its own key; empty at the start.
-    (Not a plain dict, because offload hooks would copy it.)"""
+    (A plain dict would be copied by offload hooks.)"""
 
     def __init__(self):
         self.kept: dict[object, Tensor] = {}

@@ -1,5 +1,5 @@
-"""Train a tiny model from scratch: VAE, latents, network with its text encoder, then network and
-decoder again on clips that they generate.
+"""Train a tiny model from scratch: the VAE, the network with its text encoder, then network and
+decoder again, on clips that they generate.
 
     python -m extras.tiny.train                 # CogVideoX; if interrupted, the command resumes
     python -m extras.tiny.train --model unet    # VideoCrafter2, without own clips
@@ -234,8 +234,8 @@ def own_clips(pipe: CogVideoXPipeline, n: int, work: Path) -> tuple[torch.Tensor
 def tune_transformer(
     models: tuple, data: tuple[torch.Tensor, ...], own: tuple[torch.Tensor, ...], steps: int, work: Path
 ) -> None:
-    """Teach the transformer to predict, at low noise, the clean clips that best fit its own, and so
-    to correct what it drew wrong at higher noise. Every second clip is still the world's."""
+    """Teach the transformer to predict, at low noise, the clean clips that best fit its own. So it
+    learns to correct what it drew wrong at higher noise. Half of each batch is the world's."""
     latents, stories, masks = data
     own_latents, clean, own_stories, _, own_masks = own
 
@@ -257,9 +257,9 @@ def tune_transformer(
 
 
 def tune_decoder(vae: AutoencoderKLCogVideoX, own: tuple[torch.Tensor, ...], steps: int, work: Path) -> None:
-    """Teach the decoder the transformer's latents, which differ slightly from the encoder's: it
-    learns to draw the clean picture that best fits them. Every second clip is from the world, so it
-    stays the encoder's inverse."""
+    """Teach the decoder to draw the clean picture that best fits the transformer's latents, which
+    differ slightly from the encoder's. Half of each batch is the world's, so that it remains the
+    encoder's inverse."""
     latents, _, stories, motions, _ = own
 
     def batch_at(step):

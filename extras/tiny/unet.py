@@ -93,7 +93,7 @@ def make_unet() -> UNet3DConditionModel:
         unet.conv_out.weight.mul_(0.1)
         unet.conv_out.weight[:, :8] = 0
         unet.conv_out.weight[:, :8, 1, 1] = pair.T
-    return unet.eval()  # its dropout only slows a model that is far from memorising
+    return unet.eval()  # without dropout, because a model this small is far from memorising
 
 
 @functools.cache
@@ -151,8 +151,8 @@ def token_ids(tokenizer, words: list[str]) -> torch.Tensor:
 
 
 def error_of_eps(models: tuple, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, ids: torch.Tensor):
-    """The error of the predicted eps, divided by alpha as if the model predicted v: else what eps
-    says about x0 at high noise hardly counts. models: U-Net, text encoder.
+    """Error of the predicted eps, divided by alpha: this weighs it like an error of v. Unweighed,
+    what eps says about x0 at high noise would hardly count. models: U-Net, text encoder.
     x0, eps: (n, F, 4, 8, 8); t: n timesteps; ids: (n, TOKENS). Returns the error in eps's shape."""
     unet, text_encoder, *_ = models
     alpha, sigma = (level[t].view(-1, 1, 1, 1, 1) for level in levels(unet.device))
@@ -168,11 +168,11 @@ def same_story(story: torch.Tensor) -> list[str]:
 
 
 def words_alike(text_encoder: CLIPTextModel, ids: torch.Tensor) -> torch.Tensor:
-    """How alike the texts of `same_story` are, as tokens (5, TOKENS): 0 if all are 15 apart, about
-    half their norm.
+    """Similarity of `same_story`'s texts, given as tokens (5, TOKENS): 0 if all are at least 15
+    apart, about half their norm.
 
-    The error says nothing about "left" and "right" before the U-Net tells the first frame from the
-    last. Until then the text encoder would make them one word.
+    Until the U-Net tells the first frame from the last, the error of eps is the same for "left" and
+    "right", and the text encoder would merge them into one word.
     """
     texts = text_encoder(ids).last_hidden_state.flatten(1)
     return F.relu(1 - torch.pdist(texts) / 15).mean()
@@ -182,11 +182,11 @@ def train_unet(models: tuple, data: tuple[torch.Tensor, ...], steps: int, lr: fl
     """First pictures, then actions (45 % of the steps). models: U-Net, text encoder, tokenizer.
 
     Pictures: single frames, then runs of 4 frames, then clips; the last third samples more low
-    noise. The model then draws clean clips that move, but not as they are told.
+    noise. The model then draws clean clips that move, but not as the prompt says.
     Actions: 3 frames from all over a clip, then 4, 8 and 16. The U-Net knows a frame's position
-    only from where its temporal convolutions meet the ends of the clip. With 3 frames these are
-    near. "Left" and "right" take longest, so they are drawn most. Most draws are at high noise,
-    where actions are decided.
+    only from where its temporal convolutions meet the ends of the clip, and with 3 frames the ends
+    are near. "Left" and "right" take longest, so they are sampled most. Most timesteps are at high
+    noise, where actions are decided.
     """
     latents, stories, masks = data
     unet, text_encoder, tokenizer = models
