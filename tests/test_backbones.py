@@ -39,7 +39,7 @@ def prepared(folder, *prompts, **options):
 
 class Constant(Backbone):
     """A flow model with a text mask and a timestep per frame, from nothing but what the docstring
-    of `Backbone` asks for. Its output: length of the text plus timestep / 1000."""
+    of `Backbone` asks for. Its output is the text's length plus timestep / 1000."""
 
     prediction = "flow"
     scheduler = dict(shift=1.0)
@@ -71,7 +71,7 @@ class Constant(Backbone):
 
 
 class CheckedConstant(Checked, Constant):
-    """The same for the program, with what the docstring of `Checked` asks for besides."""
+    """The same for the program, with what the docstring of `Checked` asks for in addition."""
 
     text_length = 99
 
@@ -283,7 +283,7 @@ def test_one_window_is_the_pipeline(pipeline_folder, steps, guidance):
 
 
 def test_positions_matter(rotary_folder):
-    """Else the equality above would say nothing about them."""
+    """Otherwise the equality above would say nothing about them."""
     backbone, x = prepared(rotary_folder), randn(1, 5, 4, 2, 4)
     right, make = backbone.predict_x0(x, 599, [PROMPT]), backbone.pipe._prepare_rotary_positional_embeddings
     for wrong in (lambda *_: None, lambda *size: [x.flip(0) for x in make(*size)]):
@@ -394,7 +394,7 @@ def test_recipes_are_the_released_models(name):
     assert len(levels) == 51 and len(windows) == WINDOWS.get(name, 10)
     if not issubclass(recipe.backbone, VideoCrafter2):  # whose schedule neither starts at noise nor ends clean
         assert levels[0] == (1000 if name == "wan" else 999, 0.0, 1.0) and levels[-1] == (-1, 1.0, 0.0)
-    if issubclass(recipe.backbone, CogVideoX):  # for the others see their own tests
+    if issubclass(recipe.backbone, CogVideoX):  # the others have tests of their own
         ddim = CogVideoXDDIMScheduler.from_config(dict(recipe.scheduler))
         assert ddim.alphas_cumprod.dtype == torch.float64
         assert levels[1].alpha ** 2 == pytest.approx(float(ddim.alphas_cumprod[979]), rel=1e-9)

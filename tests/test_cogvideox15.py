@@ -26,13 +26,13 @@ C, H, W = 4, 2, 4
 
 @pytest.fixture
 def base(any_method, sincos_folder, cogvideox15_folder):
-    """The small run of conftest.py, 5 latent frames a window at stride 2, with this model."""
+    """The small run of conftest.py, 5 latent frames per window at stride 2, with this model."""
     return [cogvideox15_folder if word == sincos_folder else word for word in any_method]
 
 
 @pytest.fixture
 def change(cogvideox15_folder, tmp_path):
-    """change(name=value): a folder whose transformer's configuration says so."""
+    """change(name=value) returns a folder with that change in the transformer's configuration."""
 
     def changed(**values):
         folder = shutil.copytree(cogvideox15_folder, tmp_path / "changed", dirs_exist_ok=True)
@@ -149,7 +149,7 @@ def test_nothing_freezes_where_a_window_begins(cogvideox15_folder, settings):
     adapter.guided, adapter.texts = guided, {"": ()}
 
     def change(predict_x0, frames, size, channels):
-        """Where windows but the first begin, and where the video does."""
+        """The change where later windows begin, and where the video begins."""
         windows, video = make_windows(frames, size, COGVIDEOX_15.stride), randn(frames, channels, 8, 8)
         video = syncos(predict_x0, video, levels, windows, [""] * len(windows), settings, rng())[-81:, :4]
         rate = (video[1:] - video[:-1]).square().mean((1, 2, 3)) / (1 - 0.9)  # 1 - 0.9: of neighbours in truth
@@ -211,7 +211,7 @@ def test_frames_share_tokens_so_they_have_no_timesteps_of_their_own(cogvideox15_
 
 
 def test_the_plan_says_how_long_it_takes(capsys):
-    """Neither hub nor GPU are needed."""
+    """Needs neither hub nor GPU."""
     for words, evaluations, minutes in (("", 1270, (423, 233)), ("--csd_iters 2", 622, (207, 114))):
         call("--backbone", "cogvideox-1.5", "--plan", *words.split())
         out = capsys.readouterr().out

@@ -20,7 +20,7 @@ WINDOWS, PROMPTS = S.make_windows(13, 5, 2), ["a", "b", "b", "c", "c"]
 
 
 def model(latents, t, prompts):
-    """Some function of everything that it is given."""
+    """Any function of all its inputs."""
     shift = torch.tensor([float(ord(p)) for p in prompts]).view(-1, 1, 1, 1, 1)
     return (latents * (1 - t / 2000) + 0.3 * latents.mean(1, keepdim=True) + shift / 100).tanh()
 
@@ -38,8 +38,7 @@ def test_equals_one_refinement_of_noise(settings):
 
 
 def test_one_optimizer_throughout():
-    """Not the same as with a new one after half of the iterations:
-    that is what SynCoS's stage 2 does."""
+    """A new one after half of the iterations, as in each step of SynCoS, gives another result."""
     generator = rng(1)
     x = randn(13, 2, 3, 3)
     for _ in range(2):

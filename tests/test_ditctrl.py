@@ -45,7 +45,7 @@ class Gaussian:
 
 
 class Constant:
-    """A model that always says 0.7."""
+    """A model that always predicts 0.7."""
 
     def __call__(self, latents, t, prompts):
         return torch.full_like(latents, 0.7)
@@ -106,7 +106,7 @@ def test_as_the_authors_loops_with_fewer_evaluations(sde):
 
 
 def test_frames_alone_are_plain_ddim():
-    """For a model that looks at each frame alone neither windows nor weights matter."""
+    """If the model sees each frame alone, neither windows nor weights matter."""
     model = Gaussian(LEVELS[25])
     ddim = S.Settings(**S.GEN_L_VIDEO)
     plain = S.syncos(model, randn(*SHAPE), LEVELS[25], [slice(0, 49)], ["0.3"], ddim, rng())
@@ -335,7 +335,7 @@ def test_refusals(backbone):
 
 
 def test_demo(any_method, tmp_path, capsys):
-    """Beside another method; stopped and resumed, it is the same video."""
+    """Compared with another method; stopped and resumed, it makes the same video."""
     words = [*any_method, "--num_frames", 41, "--compare", "ditctrl", "ditctrl-sde", "gen-l-video", "--save_latents"]
     call(*words)
     captured = capsys.readouterr()

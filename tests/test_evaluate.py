@@ -288,7 +288,7 @@ def test_raft_sees_whole_blocks_and_musiq_small_pictures(tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_is_left_out_with_a_line(videos, networks, tmp_path, monkeypatch, capsys):
-    """No library, no weights, frames too small: one line each, no such measure, all others."""
+    """No library, no weights, frames too small: one line each, and all other measures."""
 
     def fail(error):
         raise error
@@ -320,8 +320,8 @@ def test_pictures_reach_the_networks_whole_and_upright(networks):
 
 
 def test_the_plane_shows_distances_as_they_are():
-    """Two methods whose trajectories lie in a plane: projected, all distances are the same; the
-    ends have mean 0."""
+    """Of two methods whose trajectories lie in a plane, projection keeps all distances; their ends
+    have mean 0."""
     flat = [randn(5, 7, 2, seed=i).double() for i in range(2)]
     basis = torch.linalg.qr(randn(9, 2, seed=5).double()).Q.T
     planes = E.principal_plane([x @ basis + 3 for x in flat])

@@ -287,7 +287,7 @@ def test_a_frame_alone_is_the_model_at_its_timestep(model):
 
 
 def test_one_timestep_or_one_per_window_or_one_per_frame(model):
-    """Equal ones give the same; a frame's own moves its own output most, other windows not."""
+    """Equal ones change nothing; a frame's own changes its own output most, and no other window."""
     plain = model(T[1:, 2])
     assert torch.equal(model(T[1:, 2].repeat(2)), plain) and near(model(T[1:, 2].expand(2, 5)), plain)
     out = model(T)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what it says when it fails, and bars while it delivers. A local server."""
+"""The Hugging Face hub, played by a local server: its failures in one line, bars while it sends."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

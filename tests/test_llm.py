@@ -1,5 +1,5 @@
 """A language model over real HTTP: its answers, its failures, and keys, which go to their own
-server and onto no screen."""
+server only and are never shown."""
 
 import json
 import os

@@ -87,7 +87,7 @@ def start(work, tmp_path, ranks=(0, 1, 2), world=3) -> list[Process]:
 
 
 def destroy_waits_for_all():
-    """As NCCL's may, and gloo's does not."""
+    """Ending a group waits for all ranks, as it may with NCCL and does not with gloo."""
     destroy = dist.destroy_process_group
     dist.destroy_process_group = lambda: (dist.barrier(), destroy())
 
@@ -115,7 +115,7 @@ def test_they_work_and_leave(tmp_path):
 @needs_fork
 @pytest.mark.parametrize("how", ["error", "kill"])
 def test_one_that_stops_ends_all_in_a_sentence(tmp_path, how):
-    """Whoever stops, with a reason or without, and the others' destroy would wait for it."""
+    """Whoever stops, with or without a reason; ending the group alone would wait for it."""
 
     def work(rank):
         destroy_waits_for_all()
@@ -189,7 +189,7 @@ def test_a_port_in_use(monkeypatch):
 
 @needs_fork
 def test_two_processes_with_one_gpu_are_refused(tmp_path):
-    """A stranger who knocks, meanwhile, is sent away."""
+    """Meanwhile a stranger who connects is turned away."""
 
     def work(rank):
         store = meeting.open_store(rank, 3)
@@ -212,7 +212,7 @@ def test_two_processes_with_one_gpu_are_refused(tmp_path):
     (4, None, None, 2),
 ])  # fmt: skip
 def test_each_takes_a_gpu_of_its_own(monkeypatch, here, local, every, chosen):
-    """Under torchrun each sees all GPUs of its machine; under srun it may see its own alone."""
+    """Under torchrun each sees all GPUs of its machine; under srun it may see only its own."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
     for name, value in dict(LOCAL_RANK=local, LOCAL_WORLD_SIZE=every).items():
         monkeypatch.delenv(name, raising=False)

@@ -23,8 +23,8 @@ def test_event_prompts_put_global_and_local_together():
 
 
 def test_files(tmp_path):
-    """A round trip; what editors leave: a byte order mark, Windows' line ends, lines within a
-    prompt; none at all."""
+    """A round trip; files with a byte order mark, Windows' line ends, or lines within a prompt; no
+    text, no file."""
     path, story = tmp_path / "story.json", P.Story("A café.", ("Ein Bär läuft.", "b"))
     path.write_text(P.to_json(story), encoding="utf-8")
     assert P.load_story(path) == story
@@ -117,7 +117,7 @@ def test_scenarios_cover_the_papers_kinds():
 
 
 def test_instruction_is_printed_without_a_model():
-    """The program itself, which then needs the standard library only."""
+    """The program itself, which then needs only the standard library."""
     command = [sys.executable, "-S", ROOT / "prompts.py", "A cat {wakes} up", "--num_prompts", "3"]  # no site-packages
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert text.strip() == P.instruction("A cat {wakes} up", 3).strip()

@@ -50,7 +50,7 @@ def unet():
 
 @pytest.fixture
 def no_zero_keys(monkeypatch):
-    """Keys beyond the ends of the video do not count in the softmax, other than officially."""
+    """Unlike in the official code, keys beyond the video's ends do not count in the softmax."""
     attention = vi.scaled_dot_product_attention
 
     def masked(q, k, v, bias):
@@ -138,7 +138,7 @@ def naive(unet, x, t, text, clips, near, shared, bias, t_layout):
     (6, 1, 4, 12, 1.0, 800),
 ])  # fmt: skip
 def test_it_is_the_naive_one(unet, clips, frames, near, shared, bias, t_layout, t):
-    """Also a context longer than a clip, none, few shared frames or none, and t on the switch."""
+    """Also with no context or a long one, few shared frames or none, and t at the switch."""
     settings = dict(near=near, shared=shared, bias=bias, t_layout=t_layout)
     x, text = inputs(clips, frames)
     expected = naive(unet, x, t, text, clips, **settings)

@@ -87,8 +87,7 @@ def test_predict_x0_is_the_official_networks(videocrafter2_release):
 
 
 def test_the_schedule_is_the_official_ddim():
-    """The official sampler's timesteps, levels and, with
-    eps = tanh(0.8 x + t / 1000), its sample."""
+    """The official timesteps and levels, and the sample of eps = tanh(0.8 x + t / 1000)."""
     levels = VideoCrafter2.make_levels(VIDEOCRAFTER2.scheduler, 50)
     assert [level.t for level in levels] == [*GOLDEN["ddim.timesteps"].tolist(), -1]
     assert maxdiff(torch.tensor([level.alpha for level in levels]), GOLDEN["ddim.alpha"]) < 1e-6

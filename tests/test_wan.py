@@ -42,7 +42,7 @@ def prepared(folder, **options):
 @pytest.mark.parametrize("steps, guidance", [(1, 5.0), (10, 5.0), (10, 1.0)])
 @torch.no_grad()
 def test_one_window_is_the_pipeline(wan_folder, pipe, steps, guidance):
-    """With one window and stage 2 off, adapter and loop equal WanPipeline by Euler's steps."""
+    """With one window and stage 2 off, adapter and loop equal WanPipeline with Euler's steps."""
     noise, backbone = randn(F, C, H, W), prepared(wan_folder)
     backbone.guidance_scale = guidance
     levels, settings = backbone.levels(steps), Settings(**GEN_L_VIDEO)
@@ -83,7 +83,7 @@ def test_t_min_is_the_noise_level_of_the_paper():
 
 
 def test_plan_shows_the_noise_level(capsys):
-    """A wrong t_min for a model shows before the run; neither hub nor GPU are needed."""
+    """A wrong t_min for a model shows before the run, which needs neither hub nor GPU."""
     call("--backbone", "wan", "--plan")
     out = capsys.readouterr().out
     assert "81 latent frames: 11 windows of 21" in out and "alpha/sigma = 0.075" in out
