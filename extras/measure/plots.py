@@ -112,9 +112,9 @@ def draw_cost(points: dict) -> plt.Figure:
         costs, means, lows, highs = zip(*own.values())
         bars = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
         axis.errorbar(costs, means, bars, fmt="o-", color="C0", label="SynCoS by iterations", zorder=3)
-        for n, (words, (cost, mean, *_)) in enumerate(own.items()):
-            place = (3, 5) if n else (2, -12)  # the first two lie close together
-            axis.annotate(words, (cost, mean), place, textcoords="offset points", fontsize=8, color="C0")
+        for words, (cost, _, low, high) in own.items():  # above the bars
+            top = (cost, high if better == "more" else low)
+            axis.annotate(words, top, (0, 3), textcoords="offset points", ha="center", fontsize=8, color="C0")
         taken = [*costs]
         for n, name in enumerate((name for name in METHODS if name in points), 1):
             cost, mean, low, high = points[name][measure]
@@ -127,6 +127,7 @@ def draw_cost(points: dict) -> plt.Figure:
             axis.invert_yaxis()
         if measure.startswith("distance"):
             axis.set(yscale="log", yticks=[2, 3, 5, 10, 15], yticklabels=[2, 3, 5, 10, 15])
+        axis.margins(x=0.12)
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
