@@ -1,4 +1,4 @@
-"""What a first run with real weights may meet: damaged files, long names, infinite values, ..."""
+"""What a first run with real weights may meet: damaged files, long names, NaN, ..."""
 
 import json
 import os
