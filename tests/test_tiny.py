@@ -26,7 +26,7 @@ from extras.models.videocrafter2 import SCHEDULER, VideoCrafter2
 from extras.tiny import train, unet
 from extras.tiny import world as W
 from extras.tiny.fit import Muon
-from syncos import implied_noise, revert
+from syncos import GEN_L_VIDEO, implied_noise, revert, syncos_step
 
 for package in ("scenedetect", "cv2", "matplotlib"):
     pytest.importorskip(package, reason="the reproduction needs extras/requirements.txt")
@@ -218,14 +218,17 @@ def test_a_model_without_temporal_compression_is_read_frame_by_frame(tiny_unet):
     (dict(method="gen-l-video"), 250),
     (dict(method="fifo", steps=13), 13 + 49 * 2),  # two windows of 13 over 6 frames of context and 13 of queue
     (dict(fading=True, structured=False, steps=4), 4 * 10 + 2 * 5 * 4),
+    (dict(events=1), 250 + 17 * 5 * 4),
+    (dict(first=[2, dict(refine=False)], csd_iters=2), 250 + 16 * 2 * 4),  # the first step has no signal
 ])  # fmt: skip
 def test_long_videos_are_measured_once(cheap, change, count):
     kept = {}
     values = R.long_video(cheap, 0, change, kept, kept.__setitem__)
     assert len(kept) == 1 and values["evaluations"] == count and values["identities"] == 2
-    assert 0 <= values["structure flicker"] <= 9 and 0 <= values["at joins"] <= 1
+    assert 0 <= values["structure flicker"] <= 9 and 0 <= values["local fidelity"] <= 1
+    assert math.isnan(values["at joins"]) == ("events" in change)  # one event joins no other
     cheap.read = cheap.backbone.denoise = None
-    assert R.long_video(cheap, 0, change, kept, None) == values
+    assert str(R.long_video(cheap, 0, change, kept, None)) == str(values)  # as nan is not equal to itself
 
 
 def test_a_colour_drifts_within_its_name(cheap):
@@ -273,6 +276,20 @@ def test_consistency_of_what_windows_show():
     assert R.consistency_of([(3, 1), (3, 1), (3, 2), (3, 2), (3, 1)]) == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
 
 
+def test_the_first_steps_can_have_settings_of_their_own(cheap):
+    """Two steps by Gen-L-Video and the rest by SynCoS, in turn by hand."""
+    plan, method = R.make_video(cheap, 0, dict(steps=5, first=[2, GEN_L_VIDEO]))
+    cheap.backbone.encode(plan.texts), cheap.backbone.set_levels(plan.levels)
+    prompts, generator, x = [plan.texts[event] for event in plan.events], rng(1), randn(49, 8, 8, 8)
+    got = method.sample(cheap.backbone, plan, x, rng(1))
+    x0 = x
+    for step in range(5):
+        settings = replace(TINY.settings, **GEN_L_VIDEO) if step < 2 else TINY.settings
+        rest = (step, plan.levels, plan.windows, prompts, settings, generator)
+        x0, x = syncos_step(cheap.backbone.predict_x0, x, x0, *rest, at_once=10)
+    assert torch.equal(got, x)
+
+
 def test_a_fading_learning_rate_is_sigma_times_the_settings(cheap):
     """Where stage 2 runs in one step it is plain SynCoS with that step's rate."""
     levels = cheap.backbone.levels(6)
@@ -280,7 +297,7 @@ def test_a_fading_learning_rate_is_sigma_times_the_settings(cheap):
     plan = Plan(replace(TINY, num_frames=81, num_inference_steps=6, settings=settings), ("A star. It jumps.",))
     cheap.backbone.encode(plan.texts)
     sample = lambda method: method.sample(cheap.backbone, plan, randn(21, 8, 8, 8), rng())  # noqa: E731
-    faded = sample(R.Fading(settings))
+    faded = sample(R.Varied(settings, fading=True))
     assert torch.equal(faded, sample(SynCoS(replace(settings, csd_lr=settings.csd_lr * levels[1].sigma))))
     assert not torch.equal(faded, sample(SynCoS(settings)))
 
@@ -288,7 +305,8 @@ def test_a_fading_learning_rate_is_sigma_times_the_settings(cheap):
 def test_settings_to_measure_are_checked_first(cheap):
     assert R.read_change("gen-l-video", cheap) == dict(method="gen-l-video")
     assert R.read_change('{"steps": 9}', cheap) == dict(steps=9)
-    for text in ("gen_l_video", '{"t_mim": 300}', '{"csd_iters": 0}', '{"method": "fifo", "eta": 2}', "[1]"):
+    wrong = ['{"t_mim": 300}', '{"csd_iters": 0}', '{"events": 0}', '{"first": [2, {"t_mim": 300}]}', "[1]"]
+    for text in (*wrong, "gen_l_video", '{"method": "fifo", "eta": 2}', '{"method": "csd", "first": [2, {}]}'):
         with pytest.raises(ValueError, match="JSON"):
             R.read_change(text, cheap)
 
@@ -340,6 +358,24 @@ def test_the_page_quotes_the_tables_beside_it(heading, model, rows, seeds, reque
     section = re.search(rf"^## {heading}\n(.*?)^## ", page, re.MULTILINE | re.DOTALL).group(1)
     quoted = re.findall(r"-?\d+\.\d+\s\[.*?\]", section, re.DOTALL)
     assert quoted and not [figure for figure in quoted if f" {' '.join(figure.split())} " not in printed]
+
+
+def test_the_page_compares_both_models_on_the_same_stories(tiny, tiny_unet):
+    """Its table and the four differences that it quotes, by hand from tables.jsonl."""
+    measures, page = R.SUMMARY[:4], " ".join(PAGE.read_text().split())
+    rows = {"": ({}, None), ", one event": (dict(events=1), None)}
+    videos = {
+        model + row: [[video[m] for m in measures] for video in each]
+        for model, own in (("CogVideoX", tiny), ("U-Net", tiny_unet))
+        for row, each in kept_videos(own, rows, R.SEEDS["tables"]).items()
+    }
+    for name, each in videos.items():
+        means = " | ".join(f"{sum(column) / 60:.2f}" for column in zip(*each))
+        assert f"| {name} | {means} |" in page
+    for row in rows:
+        for measure, *pair in zip(measures, zip(*videos["U-Net" + row]), zip(*videos["CogVideoX" + row])):
+            if measure in ("identities", "background consistency"):
+                assert R.interval([a - b for a, b in zip(*pair)]) in page
 
 
 def test_motion_goes_with_picture_consistency_as_the_page_says(page_videos):

@@ -41,7 +41,7 @@ from extras.methods import METHODS, SynCoS
 from extras.models import RECIPES, get_recipe
 from extras.tiny import world as W
 from prompts import Story
-from syncos import ABLATIONS, implied_noise, revert, syncos_step
+from syncos import ABLATIONS, Settings, count_evaluations, implied_noise, revert, syncos_step
 
 NAMES = ["shape", "colour", "place", "action"]
 
@@ -210,13 +210,23 @@ def consistency_of(labels: Sequence) -> float:
 
 
 @dataclass(frozen=True)
-class Fading(SynCoS):
-    """SynCoS with stage 2's learning rate times sigma at each step. [ours]"""
+class Varied(SynCoS):
+    """SynCoS whose settings vary over the steps. [ours]"""
+
+    first: int = 0  # in this many first steps,
+    before: Settings = Settings()  # these settings
+    fading: bool = False  # stage 2's learning rate times sigma
+
+    def evaluations(self, plan: Plan, steps: int) -> int:
+        levels, cut = plan.levels[: steps + 1], min(self.first, steps)
+        parts = ((levels[: cut + 1], self.before), (levels[cut:], self.settings))
+        return sum(count_evaluations(part, plan.windows, settings) for part, settings in parts)
 
     def sample(self, backbone, plan, latents, generator, callback=None, done=lambda n: None, start=0, x0=None):
         prompts, x, x0 = [plan.texts[event] for event in plan.events], latents, latents
         for step, level in enumerate(plan.levels[:-1]):
-            own = replace(self.settings, csd_lr=self.settings.csd_lr * level.sigma)
+            own = self.before if step < self.first else self.settings
+            own = replace(own, csd_lr=own.csd_lr * level.sigma) if self.fading else own
             rest = (step, plan.levels, plan.windows, prompts, own, generator)
             x0, x = syncos_step(backbone.predict_x0, x, x0, *rest, at_once=len(prompts))
         return x
@@ -225,20 +235,26 @@ class Fading(SynCoS):
 def make_video(model: TinyModel, seed: int, change: dict) -> tuple[Plan, Method]:
     """Plan and method of a scenario. change: the method's name ("method", default syncos) and its
     fields; "steps", "num_frames", "stride", "shared_noise"; "structured", whether windows see the
-    global prompt; "fading", to use `Fading`. Raises ValueError or TypeError."""
+    global prompt; "events", how many of the four are told; "first": [n, changes], for other
+    settings in the first n steps, and "fading" (see `Varied`). Raises ValueError or TypeError."""
     change, recipe = dict(change), model.recipe
-    name, fading = change.pop("method", "syncos"), change.pop("fading", False)
-    structured, steps = change.pop("structured", True), change.pop("steps", recipe.num_inference_steps)
+    name, structured = change.pop("method", "syncos"), change.pop("structured", True)
+    story, *_ = scenario(seed)
+    story = replace(story, local_prompts=story.local_prompts[: change.pop("events", None)])
+    steps = change.pop("steps", recipe.num_inference_steps)
     recipe = replace(recipe, num_inference_steps=steps, num_frames=change.pop("num_frames", recipe.num_frames))
     recipe = replace(recipe, stride=change.pop("stride", recipe.stride))
     own = replace(recipe.settings, shared_noise=change.pop("shared_noise", recipe.settings.shared_noise))
     recipe = replace(recipe, settings=own)
     if name == "syncos":
+        fading, (first, before) = change.pop("fading", False), change.pop("first", (0, {}))
         settings = replace(recipe.settings, **change)
-        method, recipe = (Fading if fading else SynCoS)(settings), replace(recipe, settings=settings)
+        method, recipe = SynCoS(settings), replace(recipe, settings=settings)
+        if first or fading:
+            method = Varied(settings, first, replace(settings, **before), fading)
     else:
         method = replace(METHODS[name](recipe.settings), **change)
-    plan = Plan(recipe, tuple(scenario(seed)[0].event_prompts(structured)))
+    plan = Plan(recipe, tuple(story.event_prompts(structured)))
     method.check(plan)
     return plan, method
 
@@ -262,6 +278,8 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     key = f"video {model.name} {method} {recipe.num_frames} {steps} {seed}" + " local" * (not structured)
     if recipe.stride != model.recipe.stride:
         key += f" stride {recipe.stride}"
+    if "events" in change:
+        key += f" events {change['events']}"
     key += " shared noise" * recipe.settings.shared_noise
     if key not in done:
         try:
@@ -284,7 +302,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
         "identities": len(set(zip(colors, places))),
         "structure flicker": sum(a[:3] != b[:3] for a, b in zip(seen["fits"], seen["fits"][1:])),
         "local fidelity": statistics.mean(follows),
-        "at joins": statistics.mean([f for f, meet in zip(follows, meets) if meet]),
+        "at joins": statistics.mean([f for f, meet in zip(follows, meets) if meet] or [math.nan]),
         "elsewhere": statistics.mean([f for f, meet in zip(follows, meets) if not meet] or [math.nan]),
         "global fidelity": statistics.mean(s == shape for s in shapes),
         "distance x 1000": 1000 * statistics.mean(seen.get("frames") or [seen["distance"]]),
@@ -292,7 +310,7 @@ def long_video(model: TinyModel, seed: int, change: dict, done: dict, keep: Call
     }
     if each := seen.get("frames"):  # smears: frames where windows of another event begin, and the next ones
         starts = [w.start for w, a, b in zip(windows[1:], events, events[1:]) if a != b]
-        joins = [each[k] for start in starts for k in (start, start + 1)]
+        joins = [each[k] for start in starts for k in (start, start + 1)] or [math.nan]
         values["worst frame x 1000"], values["joins x 1000"] = 1000 * max(each), 1000 * statistics.mean(joins)
     if "colors" in seen:
         values["colour drift"] = torch.pdist(torch.tensor(seen["colors"])).mean().item()
