@@ -374,7 +374,7 @@ def test_the_page_compares_both_models_on_the_same_stories(tiny, tiny_unet):
         assert f"| {name} | {means} |" in page
     for row in rows:
         for measure, *pair in zip(measures, zip(*videos["U-Net" + row]), zip(*videos["CogVideoX" + row])):
-            if measure in ("identities", "background consistency"):
+            if measure in ("subject consistency", "background consistency"):
                 assert R.interval([a - b for a, b in zip(*pair)]) in page
 
 
