@@ -213,9 +213,9 @@ def consistency_of(labels: Sequence) -> float:
 class Varied(SynCoS):
     """SynCoS whose settings vary over the steps. [ours]"""
 
-    first: int = 0  # in this many first steps,
-    before: Settings = Settings()  # these settings
-    fading: bool = False  # stage 2's learning rate times sigma
+    first: int = 0  # number of steps at the start that use `before`
+    before: Settings = Settings()
+    fading: bool = False  # multiply stage 2's learning rate by sigma
 
     def evaluations(self, plan: Plan, steps: int) -> int:
         levels, cut = plan.levels[: steps + 1], min(self.first, steps)
